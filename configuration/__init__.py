@@ -1,0 +1,1 @@
+"""The configuration of the model: the one thing every module is built from."""

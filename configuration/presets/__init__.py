@@ -1,0 +1,1 @@
+"""Named model sizes as JSON, read by `ScFoundationConfig.from_preset`."""
