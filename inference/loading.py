@@ -1,0 +1,142 @@
+"""A folder, a Hub id or a loaded model -> the encoder and tokenizer that a job runs with."""
+
+import hashlib
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
+from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
+from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+
+ModelSource = str | PathLike[str] | PreTrainedModel
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """What embeds cells, and where it came from."""
+
+    model: ScFoundationModel
+    tokenizer: ScFoundationTokenizer
+    name: str
+    revision: str | None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration and weights: the same for the same numbers, wherever they came from."""
+        digest = hashlib.sha256(self.model.config.to_json_string(use_diff=False).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load_encoder(
+    model: ModelSource, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> LoadedEncoder:
+    """Make a model ready to embed.
+
+    Args:
+        model: a folder written by `save_pretrained` or `scfoundation convert`, a Hub id, or a loaded scFoundation model
+            (which is used where and as it is).
+        device: `None`: a GPU if there is one, else the CPU.
+        dtype: `None`: float32, whatever the folder stores; else "float32", "bfloat16", "float16" or a torch dtype.
+    Raises: ValueError: if it is no scFoundation model, weights are missing, or tokenizer and model do not fit; OSError:
+        if there is no such folder or file.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _use_loaded(model, device=device, dtype=dtype)
+    name = str(model)
+    _check_model_type(name)
+    loaded: Any = ScFoundationModel.from_pretrained(
+        name, dtype=parse_dtype(dtype) or torch.float32, output_loading_info=True
+    )
+    encoder, info = loaded
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(
+            f"The weights in {name} lack {len(info['missing_keys'])} tensors of the encoder ({missing}, ...); "
+            "embeddings would be random. Save or convert the model again."
+        )
+    return _check_fit(
+        LoadedEncoder(
+            model=encoder.to(parse_device(device)).eval(),
+            tokenizer=ScFoundationTokenizer.from_pretrained(name),
+            name=name,
+            revision=getattr(encoder.config, "_commit_hash", None),
+        )
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name.
+
+    Raises: ValueError: for anything but float32, bfloat16 and float16.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"There is no dtype {dtype!r} to run in; choose {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises: ValueError: if it is not there, with the devices that are.
+    """
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+    if device is None:
+        return torch.device((*available, "cpu")[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {device!r}; here: {', '.join((*available, 'cpu'))}.") from error
+    if chosen.type in ("cuda", "mps") and chosen.type not in available:
+        raise ValueError(f"The device {device!r} is not available; here: {', '.join((*available, 'cpu'))}.")
+    return chosen
+
+
+def _check_model_type(name: str) -> None:
+    path = Path(name)
+    looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") != 1
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"There is no model folder {name}. Pass a folder made by save_pretrained or `scfoundation convert`, or a "
+            "Hub id (ORG/NAME)."
+        )
+    config, _ = ScFoundationConfig.get_config_dict(name)
+    if config.get("model_type") != ScFoundationConfig.model_type:
+        raise ValueError(
+            f"{name} holds a model of type {config.get('model_type')!r}, not scFoundation "
+            f"({ScFoundationConfig.model_type!r}). An official models.ckpt is made ready by `scfoundation convert`."
+        )
+
+
+def _use_loaded(
+    model: PreTrainedModel, *, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> LoadedEncoder:
+    encoder: Any = model if isinstance(model, ScFoundationModel) else getattr(model, "scfoundation", None)
+    if not isinstance(encoder, ScFoundationModel):
+        raise ValueError(f"A {type(model).__name__} is no scFoundation model; pass one, or a folder or Hub id.")
+    if device is not None and parse_device(device).type != encoder.device.type:
+        raise ValueError(f"The loaded model is on {encoder.device}, not {device}; move it: model.to('{device}').")
+    if dtype is not None and parse_dtype(dtype) != encoder.dtype:
+        raise ValueError(f"The loaded model is {encoder.dtype}, not {dtype}; convert it: model.to({dtype}).")
+    name = encoder.config._name_or_path or type(model).__name__
+    revision = getattr(encoder.config, "_commit_hash", None)
+    return _check_fit(LoadedEncoder(encoder, ScFoundationTokenizer(), name, revision))
+
+
+def _check_fit(loaded: LoadedEncoder) -> LoadedEncoder:
+    num_genes = len(loaded.tokenizer.vocabulary)
+    if num_genes != loaded.model.config.num_genes:
+        raise ValueError(
+            f"The tokenizer of {loaded.name} has {num_genes:,} genes, its model {loaded.model.config.num_genes:,}; "
+            "they do not belong together."
+        )
+    return loaded
