@@ -1,0 +1,1 @@
+"""The model: encoder over expressed genes, decoder over all. Start with `modeling_scfoundation.py`."""

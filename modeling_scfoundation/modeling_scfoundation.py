@@ -1,0 +1,252 @@
+"""scFoundation in one screen: cells in, embeddings or predicted expression out.
+
+Reading order: `embeddings.py`, `encoder.py` (with `attention.py`), `pooling.py`; then `decoder.py` (with
+`linear_attention.py`) and `losses.py`. Batches are padded or packed; docs/batch-contract.md gives every key.
+"""
+# B cells, N tokens, G genes, M targets, D encoder width, E decoder width
+
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import (
+    ModelOutput,
+    TransformersKwargs,
+    can_return_tuple,
+    merge_with_config_defaults,
+)
+from transformers.utils.output_capturing import capture_outputs
+
+from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
+
+from .attention import cell_of_token, prepare_attention
+from .decoder import ScFoundationDecoder, ScFoundationLinearAttention
+from .embeddings import ScFoundationBinScores, ScFoundationEmbeddings, ScFoundationValueEmbedding
+from .encoder import ScFoundationEncoder, ScFoundationEncoderLayer, ScFoundationSelfAttention
+from .linear_attention import draw_orthogonal_projection
+from .losses import masked_mean_squared_error
+from .pooling import pool_cells, pool_packed_cells
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ScFoundationForPreTrainingOutput(ModelOutput):
+    """What the decoder says of each cell.
+
+    Args:
+        loss: scalar, when `labels` were given.
+        predicted_values: `(B, M)` log1p(CP10k) at `target_ids`, 0 at padded targets; `(B, G)` without
+            `target_ids`.
+        gene_embeddings: `(B, G, E)` context-dependent gene vectors, with `output_gene_embeddings=True`.
+        last_hidden_state: `(B, N, D)` encoder output, `(1, L, D)` if packed.
+        hidden_states: encoder states before and after each layer, with `output_hidden_states=True`.
+        attentions: encoder attention weights, with `output_attentions=True` and the eager backend.
+    """
+
+    loss: Tensor | None = None
+    predicted_values: Tensor | None = None
+    gene_embeddings: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class ScFoundationPreTrainedModel(PreTrainedModel):
+    """What all scFoundation models share: configuration, initialisation, supported backends.
+
+    The class attributes are what `PreTrainedModel` asks of its subclasses, in the form it asks for.
+    """
+
+    config: ScFoundationConfig
+    base_model_prefix = "scfoundation"
+    main_input_name = "input_ids"
+    _input_embed_layer = "identity_embedding"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ScFoundationEncoderLayer", "ScFoundationDecoderLayer", "ScFoundationValueEmbedding"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ScFoundationEncoderLayer, "attentions": ScFoundationSelfAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        table_std = self.config.embedding_initializer_range
+        # Each tensor by the module that holds it: transformers passes over modules without tensors of their own.
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=table_std)
+        elif isinstance(module, ScFoundationBinScores):
+            # Drawn wide: with small first weights every value would fall into the same mixture of bins.
+            init.normal_(module.weight, std=table_std)
+            init.normal_(module.bias, std=table_std)
+        elif isinstance(module, ScFoundationValueEmbedding):
+            init.normal_(module.bin_embeddings, std=table_std)
+            init.normal_(module.mask_embedding, std=table_std)
+        elif isinstance(module, ScFoundationLinearAttention):
+            init.copy_(module.projection, draw_orthogonal_projection(*module.projection.shape))
+
+
+class ScFoundationModel(ScFoundationPreTrainedModel):
+    """The encoder: embeds cells from their expressed genes."""
+
+    # A folder written by ScFoundationForPreTraining holds the decoder too, which this class does not need.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^gene_norm\.", r"^prediction_head\."]  # noqa: RUF012
+
+    def __init__(self, config: ScFoundationConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = ScFoundationEmbeddings(config)
+        self.encoder = ScFoundationEncoder(config)
+        self.add_pooling_layer = add_pooling_layer
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode cells.
+
+        Args:
+            input_ids: `(B, N)` int64, expressed genes, then T, S and padding; `(1, L)` if packed.
+            values: `(B, N)` float32, log1p(CP10k) of genes, log10 counts at T and S; `(1, L)` if packed.
+            attention_mask: `(B, N)`, 1 for real tokens; left out: all but the padding id.
+            cu_seq_lens_q: `(B + 1,)` borders of the cells, only for a packed batch; `max_length_q` may go
+                with it.
+        Returns: `last_hidden_state` `(B, N, D)`, `pooler_output` `(B, 4 * D)` = [S, T, max, mean over genes];
+            hidden states and attentions on request.
+        Raises: ValueError: if a cell has no expressed gene, or a packed batch has several rows or a mask.
+        """
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None and (len(input_ids) != 1 or attention_mask is not None):
+            raise ValueError(
+                "cu_seq_lens_q announces a packed batch: one row of tokens, no attention_mask. Got input_ids "
+                f"of shape {tuple(input_ids.shape)} {'without' if attention_mask is None else 'and an'} "
+                "attention_mask."
+            )
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"The attention backend {self.config._attn_implementation!r} does not return attention weights, "
+                "so `attentions` will be empty; call model.set_attn_implementation('eager') first."
+            )
+        if attention_mask is None:
+            attention_mask = input_ids.ne(self.config.num_positions).long()  # padding's id is the one behind all
+        embeddings = self.embeddings(input_ids, values)
+        layout = prepare_attention(
+            self.config, embeddings, attention_mask, cu_seq_lens, max_length=kwargs.get("max_length_q")
+        )
+        last_hidden_state = self.encoder(embeddings, layout)
+        pooled = None
+        if self.add_pooling_layer and cu_seq_lens is not None:
+            pooled = pool_packed_cells(last_hidden_state, cu_seq_lens)
+        elif self.add_pooling_layer:
+            pooled = pool_cells(last_hidden_state, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+
+class ScFoundationForPreTraining(ScFoundationPreTrainedModel):
+    """Encoder and decoder: predicts the expression of every gene, hidden or not, at the target depth."""
+
+    def __init__(self, config: ScFoundationConfig) -> None:
+        super().__init__(config)
+        self.scfoundation = ScFoundationModel(config, add_pooling_layer=False)
+        self.decoder = ScFoundationDecoder(config)
+        self.gene_norm = nn.LayerNorm(config.decoder_hidden_size, eps=config.layer_norm_eps)
+        self.prediction_head = nn.Linear(config.decoder_hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        masked_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_gene_embeddings: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ScFoundationForPreTrainingOutput:
+        """Predict expression.
+
+        Args:
+            input_ids: `(B, N)` int64, visible expressed genes, then T, S and padding; `(1, L)` if packed.
+            values: `(B, N)` float32, log1p(CP10k) of genes, log10 counts at T and S; `(1, L)` if packed.
+            attention_mask: `(B, N)`, 1 for real tokens; left out: all but the padding id.
+            masked_ids: `(B, K)` genes hidden from the encoder and shown to the decoder as the mask embedding.
+            target_ids: `(B, M)` positions whose value is wanted, padded with the padding id; left out: all
+                genes.
+            labels: float32 of the shape of `target_ids`, or `(B, G)` without; -100 where there is none.
+            output_gene_embeddings: return the decoder's vector of every gene.
+            num_items_in_batch: divisor of the loss, when it is a part of a larger batch.
+            cu_seq_lens_q: `(B + 1,)` borders of the cells, only for a packed batch.
+        """
+        encoded = self.scfoundation(input_ids, values, attention_mask, **kwargs)
+        if attention_mask is not None:  # what the mask hides from the encoder must not reach a gene of the decoder
+            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.num_positions)
+        decoded = self._decode(encoded.last_hidden_state, input_ids, masked_ids, kwargs.get("cu_seq_lens_q"))
+        gene_embeddings = None
+        if output_gene_embeddings or target_ids is None:
+            gene_embeddings = self.gene_norm(decoded[:, : self.config.num_genes])
+        if target_ids is None:
+            predicted_values = self.prediction_head(gene_embeddings).squeeze(-1)
+        else:
+            predicted_values = self._predict(decoded, target_ids)
+        loss = None
+        if labels is not None:
+            loss = masked_mean_squared_error(
+                predicted_values, labels, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        return ScFoundationForPreTrainingOutput(
+            loss=loss,
+            predicted_values=predicted_values,
+            gene_embeddings=gene_embeddings if output_gene_embeddings else None,
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _decode(
+        self, encoder_states: Tensor, input_ids: Tensor, masked_ids: Tensor | None, cu_seq_lens: Tensor | None
+    ) -> Tensor:
+        """Decoder states of all positions, `(B, G + 2, E)`."""
+        embeddings = self.scfoundation.embeddings
+        num_cells = len(input_ids) if cu_seq_lens is None else len(cu_seq_lens) - 1
+        if cu_seq_lens is None:
+            cells = torch.arange(num_cells, device=input_ids.device)[:, None].expand_as(input_ids)
+        else:
+            cells = cell_of_token(cu_seq_lens, input_ids.shape[1])
+        every_id = torch.arange(self.config.vocab_size, device=input_ids.device)[None]
+        # The identity enters encoded tokens a second time here; the pretrained weights rely on it.
+        visible_states = encoder_states + embeddings.identity_embedding(input_ids)
+        return self.decoder(
+            zero_states=embeddings(every_id, torch.zeros(1, 1, device=input_ids.device)),
+            visible_states=visible_states.flatten(0, 1),
+            visible_cells=cells.flatten(),
+            visible_ids=input_ids.flatten(),
+            masked_states=None if masked_ids is None else embeddings(masked_ids, None),
+            masked_ids=masked_ids,
+            num_cells=num_cells,
+        )
+
+    def _predict(self, decoded: Tensor, target_ids: Tensor) -> Tensor:
+        """Predicted values at the targets, `(B, M)`, 0 at padding."""
+        is_padding = target_ids.eq(self.config.num_positions)
+        # Gathered before norm and head, so that few targets cost little.
+        positions = target_ids.masked_fill(is_padding, 0)[..., None].expand(-1, -1, decoded.shape[-1])
+        predicted = self.prediction_head(self.gene_norm(decoded.gather(1, positions))).squeeze(-1)
+        return predicted.masked_fill(is_padding, 0)
+
+
+__all__ = ["ScFoundationForPreTraining", "ScFoundationModel", "ScFoundationPreTrainedModel"]
