@@ -61,7 +61,9 @@ def main() -> None:
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     smallest = None
-    print(f"model {arguments.preset}, {arguments.dtype}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
+    print(
+        f"model {arguments.preset}, {arguments.dtype}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
+    )
     print(f"{'cells':>8} {'file MiB':>9} {'above model MiB':>16} {'ratio':>6} {'cells/s':>8}")
     for num_cells in arguments.cells:
         with tempfile.TemporaryDirectory() as folder:

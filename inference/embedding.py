@@ -25,7 +25,7 @@ from .loading import LoadedEncoder, ModelSource, load_encoder
 from .writer import CellResults, RowProgress, check_output, identify_file, progress_folder, write_results
 
 TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 65_536, "mps": 16_384}
-BATCHES_PER_BLOCK = 64  # a block is read, sorted by length, embedded and noted as done; then the next
+BATCHES_PER_READ = 64  # read from the file at once
 
 
 def embed(
@@ -110,7 +110,7 @@ def embed(
             tqdm.write(prepared.describe(), file=sys.stderr)
         job = _Job(loaded, prepared, pooling, budget, show_progress=progress)
         if isinstance(data, AnnData):
-            data.obsm[key_added] = np.concatenate(list(job.blocks()))
+            data.obsm[key_added] = np.concatenate(list(job.embeddings()))
             data.obs[f"{key_added}_counts_kept"] = prepared.counts_kept_per_cell
             data.uns.setdefault("scfoundation", {})[key_added] = job.record()
             return data
@@ -118,8 +118,8 @@ def embed(
         assert target is not None
         with progress_folder(target) as folder:
             rows = RowProgress(folder, job.identity(source), width=job.width)
-            for block in job.blocks(start=rows.num_rows_done):
-                rows.append(block)
+            for batch in job.embeddings(start=rows.num_rows_done):
+                rows.append(batch)
             results = CellResults(
                 obsm={key_added: rows.rows()},
                 obs={f"{key_added}_counts_kept": prepared.counts_kept_per_cell},
@@ -129,19 +129,21 @@ def embed(
         return target
 
 
-def batch_by_tokens(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Positions of cells in batches of similar length, each of at most `tokens_per_batch` tokens (or one cell)."""
-    order = np.argsort(lengths, kind="stable")
-    batches: list[np.ndarray] = []
-    start, filled = 0, 0
-    for position, length in enumerate(lengths[order]):
-        if filled and filled + length > tokens_per_batch:
-            batches.append(order[start:position])
-            start, filled = position, 0
-        filled += int(length)
-    if len(order):
-        batches.append(order[start:])
-    return batches
+def batch_borders(lengths: np.ndarray, tokens_per_batch: int) -> np.ndarray:
+    """Where consecutive cells are cut into batches of at most `tokens_per_batch` tokens, or of one longer cell.
+
+    Packed batches waste nothing on cells of unequal length, so the order of the file is kept.
+
+    Args:
+        lengths: `(cells,)` tokens of each cell; 0 for cells that are left out.
+    Returns: `(batches + 1,)` int64, from 0 to the number of cells.
+    """
+    ends = np.cumsum(lengths)
+    borders = [0]
+    while borders[-1] < len(lengths):
+        done = ends[borders[-1] - 1] if borders[-1] else 0
+        borders.append(max(borders[-1] + 1, int(np.searchsorted(ends, done + tokens_per_batch, side="right"))))
+    return np.array(borders)
 
 
 def _check_target(source: Path | None, output: str | PathLike[str] | None, *, overwrite: bool) -> Path | None:
@@ -162,7 +164,7 @@ def _check_target(source: Path | None, output: str | PathLike[str] | None, *, ov
 
 @dataclass(frozen=True)
 class _Job:
-    """The embedding of one input, block by block."""
+    """The embedding of one input, batch by batch."""
 
     loaded: LoadedEncoder
     prepared: PreparedCells
@@ -175,35 +177,29 @@ class _Job:
         """Numbers a cell."""
         return self.loaded.model.config.hidden_size * (4 if self.pooling == "all" else 1)
 
-    def blocks(self, *, start: int = 0) -> Iterator[np.ndarray]:
-        """Embeddings of consecutive blocks of cells, float32 `(cells, width)`, from cell `start` on.
+    def embeddings(self, *, start: int = 0) -> Iterator[np.ndarray]:
+        """Embeddings of consecutive cells, float32 `(cells of a batch, width)`, from cell `start` on.
 
-        Where a block ends depends on the input and the budget only, so a resumed run forms the same batches.
+        Where a batch ends depends on the input and the budget only, so a resumed run forms the same batches.
         """
-        tokens = np.where(self.prepared.is_kept, self.prepared.token_lengths, 0)
-        block_of_cell = (np.cumsum(tokens) - 1).clip(min=0) // (self.tokens_per_batch * BATCHES_PER_BLOCK)
-        borders = [0, *(np.flatnonzero(np.diff(block_of_cell)) + 1).tolist(), self.prepared.num_cells]
+        prepared = self.prepared
+        borders = batch_borders(np.where(prepared.is_kept, prepared.token_lengths, 0), self.tokens_per_batch)
+        borders = borders[np.searchsorted(borders, start) :]
         bar = tqdm(
-            total=self.prepared.num_cells,
-            initial=start,
-            unit=" cells",
-            desc="Embedding",
-            disable=not self.show_progress,
+            total=prepared.num_cells, initial=start, unit=" cells", desc="Embedding", disable=not self.show_progress
         )
         with bar, _evaluating(self.loaded.model):
-            for first, last in pairwise(borders):
-                if first >= start:
-                    yield self._block(first, last, bar)
-
-    def _block(self, first: int, last: int, bar: tqdm) -> np.ndarray:
-        encoded = self.prepared.encode(first, last)
-        block = np.full((last - first, self.width), np.nan, dtype=np.float32)
-        for batch in batch_by_tokens(encoded.lengths, self.tokens_per_batch):
-            cells = encoded.select(batch)
-            block[cells.cell_index - first] = _embed_batch(self.loaded.model, cells, self.pooling)
-            bar.update(len(cells))
-        bar.update(last - first - len(encoded))  # cells left out
-        return block
+            for first_batch in range(0, len(borders) - 1, BATCHES_PER_READ):
+                batches = borders[first_batch : first_batch + BATCHES_PER_READ + 1]
+                encoded = prepared.encode(int(batches[0]), int(batches[-1]))
+                for first, last in pairwise(batches.tolist()):
+                    rows = np.full((last - first, self.width), np.nan, dtype=np.float32)
+                    kept = slice(*np.searchsorted(encoded.cell_index, (first, last)))
+                    cells = encoded.select(np.arange(len(encoded))[kept])
+                    if len(cells):
+                        rows[cells.cell_index - first] = _embed_batch(self.loaded.model, cells, self.pooling)
+                    bar.update(last - first)
+                    yield rows
 
     def record(self) -> str:
         """Everything that says how the numbers came to be, as JSON (`uns` keeps no `None` and no nested lists)."""

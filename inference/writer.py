@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 
 FORMATS = (".h5ad", ".zarr")
 ROWS_PER_WRITE = 4096
+SECONDS_BETWEEN_NOTES = 5.0  # what a kill can cost at most, beside the batch in hand
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class RowProgress:
         self.rows_path = folder / "rows.float32"
         self.state_path = folder / "state.json"
         self._job = json.loads(json.dumps(job))
+        self._note_due = 0.0
         self.num_rows_done = self._resume()
 
     def _resume(self) -> int:
@@ -105,14 +108,17 @@ class RowProgress:
         return int(state["num_rows_done"])
 
     def append(self, rows: np.ndarray) -> None:
-        """Add the next rows, `(n, width)` float32, and note that they are there."""
+        """Add the next rows, `(n, width)` float32; every few seconds, note how many are safely there."""
         assert rows.dtype == np.float32
         assert rows.shape[1:] == (self.width,)
         with self.rows_path.open("ab") as file:
             file.write(np.ascontiguousarray(rows).data)
+            self.num_rows_done += len(rows)
+            if time.monotonic() < self._note_due:
+                return
             file.flush()
             os.fsync(file.fileno())
-        self.num_rows_done += len(rows)
+        self._note_due = time.monotonic() + SECONDS_BETWEEN_NOTES
         state = {"job": self._job, "num_rows_done": self.num_rows_done}
         temporary = self.state_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(state), encoding="utf-8")

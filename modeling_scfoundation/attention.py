@@ -136,8 +136,8 @@ def prepare_attention(
         attention_mask: `(B, L)`, 1 for real tokens; unused if packed.
         cu_seq_lens: `(cells + 1,)` borders of the packed cells; `None`: the batch is padded.
         max_length: tokens of the longest packed cell, for flash attention; `None`: counted here.
-    Raises: ValueError: if the backend cannot take packed cells; ImportError: if xFormers is asked for and
-        missing.
+    Raises: ValueError: if the backend cannot take packed cells, here or at all; ImportError: if xFormers is asked
+        for and missing.
     """
     backend = config._attn_implementation
     if backend == "xformers":
@@ -158,6 +158,11 @@ def prepare_attention(
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        )
+    if backend == "flex_attention" and embeddings.device.type == "cpu":
+        # torch 2.13: the compiled kernel reads out of bounds when the packed length changes.
+        raise ValueError(
+            "The attention backend 'flex_attention' cannot take packed cells on a CPU; choose sdpa, or pad the batch."
         )
     if backend in ("eager", "flex_attention"):
         mask = create_bidirectional_mask(

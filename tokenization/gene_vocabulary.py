@@ -340,8 +340,8 @@ class GeneMapping:
         if share < minimum:
             raise ValueError(
                 f"Only {self._matched()} ({share:.1%}); at least {minimum:.0%} are needed "
-                f"(min_vocabulary_share). {self._advice()} If the file was cut down to variable genes, use "
-                "the full count matrix."
+                f"(min_vocabulary_share of GeneVocabulary.align). {self._advice()} If the file was cut down to "
+                "variable genes, use the full count matrix."
             )
         if share < 0.5:
             warnings.warn(
@@ -364,7 +364,7 @@ class GeneMapping:
         if share < minimum:
             raise ValueError(
                 f"Only {share:.1%} of all counts fall on genes of the vocabulary; at least {minimum:.0%} are "
-                f"needed (min_counts_kept). Matched: {self._matched()}. {self._advice()}"
+                f"needed (min_counts_kept of GeneVocabulary.align). Matched: {self._matched()}. {self._advice()}"
             )
 
     def cell_totals(self, counts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -478,7 +478,7 @@ class GeneMapping:
             parts.append('Most unmatched names are Ensembl ids: pass id_type="auto" or "ensembl".')
         parts.append(
             "If the gene names are in a column of adata.var, pass gene_column=<that column>; "
-            'id_type="symbol" or "ensembl" fixes how names are read.'
+            'id_type="symbol" or "ensembl" of GeneVocabulary.align fixes how names are read.'
         )
         return " ".join(parts)
 

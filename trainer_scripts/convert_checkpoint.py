@@ -5,6 +5,7 @@ python -m scfoundation_hf.trainer_scripts.convert_checkpoint models.ckpt scfound
 
 import argparse
 import json
+import os
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -107,6 +108,7 @@ def convert_checkpoint(
         unused = {name: original.tensors[name].contiguous() for name in UNUSED_NAMES}
         save_file(unused, folder / "original_unused_tensors.safetensors")
         _make_card(key, model.num_parameters()).save(folder / "README.md")
+        _share(folder)
         if target.exists():
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
@@ -122,6 +124,14 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
     if not (target / "original_config.json").is_file():
         raise FileExistsError(f"{target} was not made by a conversion, so it is not overwritten; remove it yourself.")
+
+
+def _share(folder: Path) -> None:
+    """Give the files the permissions of ordinary new ones; safetensors writes for its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def _make_card(key: CheckpointKey, num_parameters: int) -> ModelCard:

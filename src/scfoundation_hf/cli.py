@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     name="scfoundation",
     help="scFoundation, the foundation model of single-cell transcriptomics.",
@@ -197,13 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     try:
         exit_code = app(arguments, standalone_mode=False, prog_name="scfoundation")
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; the same command run again resumes.", err=True)
-        sys.exit(130)
     except Exception as error:
         if debug:
             traceback.print_exc()
         sys.exit(_report(error))
+    if exit_code == INTERRUPTED:
+        typer.echo("Interrupted. `scfoundation embed` resumes when the same command is run again.", err=True)
     sys.exit(exit_code or 0)
 
 

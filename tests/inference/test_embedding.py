@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import scfoundation_hf
-from scfoundation_hf.inference import embedding
-from scfoundation_hf.inference.embedding import batch_by_tokens, embed
+from scfoundation_hf.inference import embedding, writer
+from scfoundation_hf.inference.embedding import batch_borders, embed
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
 OPTIONS = {"gene_column": "symbol", "progress": False}
@@ -180,7 +180,8 @@ def test_an_error_leaves_nothing_behind(cells_file, tiny_model_dir, tmp_path, mo
 
 
 def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "BATCHES_PER_BLOCK", 1)
+    monkeypatch.setattr(embedding, "BATCHES_PER_READ", 2)
+    monkeypatch.setattr(writer, "SECONDS_BETWEEN_NOTES", 0)
     options = {**OPTIONS, "tokens_per_batch": 4000}
     expected = embed(cells_file, tiny_model_dir, output=tmp_path / "whole.h5ad", **options)
     embed_batch, batches = embedding._embed_batch, []
@@ -196,9 +197,11 @@ def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir,
         embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
     assert not (tmp_path / "out.h5ad").exists()
     done = json.loads((tmp_path / "out.h5ad.progress" / "state.json").read_text())["num_rows_done"]
-    assert 0 < done < 50
+    assert done == batches[2][1].cell_index[0]  # everything before the third batch
     del batches[:3]
-    monkeypatch.setattr(embedding, "_embed_batch", lambda *arguments: batches.append(arguments) or embed_batch(*arguments))
+    monkeypatch.setattr(
+        embedding, "_embed_batch", lambda *arguments: batches.append(arguments) or embed_batch(*arguments)
+    )
     resumed = embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
     assert resumed.read_bytes() == expected.read_bytes()
     assert sorted(np.concatenate([cells.cell_index for _, cells, _ in batches])) == list(range(done, 50))
@@ -209,7 +212,6 @@ def test_a_killed_process_resumes_and_ends_with_the_same_file(cells_file, tiny_m
     script = f"""
 import time, scfoundation_hf
 from scfoundation_hf.inference import embedding
-embedding.BATCHES_PER_BLOCK = 1
 plain = embedding._embed_batch
 def slow(*arguments):
     time.sleep(0.3)
@@ -230,19 +232,20 @@ scfoundation_hf.embed({str(cells_file)!r}, {str(tiny_model_dir)!r}, output={str(
     done = json.loads(state.read_text())["num_rows_done"]
     assert 0 < done < 50
     options = {**OPTIONS, "tokens_per_batch": 1000}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "BATCHES_PER_BLOCK", 1)
-        resumed = embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
-        whole = embed(cells_file, tiny_model_dir, output=tmp_path / "whole.h5ad", **options)
+    resumed = embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
+    whole = embed(cells_file, tiny_model_dir, output=tmp_path / "whole.h5ad", **options)
     assert resumed.read_bytes() == whole.read_bytes()
 
 
-def test_batches_hold_similar_cells_within_the_budget():
-    lengths = np.array([5, 100, 7, 3, 50, 6, 400])
-    batches = batch_by_tokens(lengths, 110)
-    assert sorted(np.concatenate(batches)) == list(range(7))
-    assert [lengths[batch].tolist() for batch in batches] == [[3, 5, 6, 7, 50], [100], [400]]
-    assert batch_by_tokens(np.array([], dtype=int), 10) == []
+def test_batches_are_consecutive_cells_within_the_budget():
+    assert batch_borders(np.array([50, 40, 30, 0, 500, 60, 0, 0]), 100).tolist() == [0, 2, 4, 5, 8]
+    assert batch_borders(np.array([7]), 1).tolist() == [0, 1]
+    assert batch_borders(np.array([0, 0, 3]), 100).tolist() == [0, 3]
+    lengths = np.random.default_rng(0).integers(1, 300, size=1000)
+    borders = batch_borders(lengths, 400)
+    assert borders[0] == 0
+    assert borders[-1] == 1000
+    assert np.add.reduceat(lengths, borders[:-1]).max() <= 400
 
 
 def test_the_progress_bar_and_the_report_go_to_stderr(cells, tiny_model_dir, capsys):

@@ -12,6 +12,7 @@ import pytest
 import zarr
 from filelock import FileLock
 
+from scfoundation_hf.inference import writer
 from scfoundation_hf.inference.writer import (
     CellResults,
     RowProgress,
@@ -133,17 +134,26 @@ def test_outputs_that_must_not_be_written_are_refused(cells, tmp_path):
     check_output(source, tmp_path / "there.h5ad", overwrite=True)
 
 
-def test_rows_survive_a_kill_and_unvouched_rows_do_not(tmp_path):
+def test_rows_survive_a_kill_and_unvouched_rows_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SECONDS_BETWEEN_NOTES", 0)
     rows = np.arange(30, dtype=np.float32).reshape(10, 3)
     progress = RowProgress(tmp_path, {"job": 1}, width=3)
     progress.append(rows[:4])
     progress.append(rows[4:6])
-    with progress.rows_path.open("ab") as file:  # killed between writing a block and noting it
+    with progress.rows_path.open("ab") as file:  # killed between writing rows and noting them
         file.write(rows[6:9].tobytes()[:-2])
     resumed = RowProgress(tmp_path, {"job": 1}, width=3)
     assert resumed.num_rows_done == 6
     resumed.append(rows[6:])
     np.testing.assert_array_equal(resumed.rows(), rows)
+
+
+def test_rows_are_noted_now_and_then_only(tmp_path):
+    progress = RowProgress(tmp_path, {"job": 1}, width=3)
+    for _ in range(5):
+        progress.append(np.ones((2, 3), np.float32))
+    assert progress.rows().shape == (10, 3)
+    assert RowProgress(tmp_path, {"job": 1}, width=3).num_rows_done == 2
 
 
 def test_unfinished_work_of_another_run_is_not_continued(tmp_path):

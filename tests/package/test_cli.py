@@ -16,6 +16,7 @@ import torch
 import scfoundation_hf
 from scfoundation_hf import doctor
 from scfoundation_hf.cli import main
+from scfoundation_hf.inference import embedding
 
 
 @pytest.fixture
@@ -162,6 +163,20 @@ def test_wrong_usage_is_exit_code_2(capsys, cells_file):
     code, _, err = run(capsys, "embed", cells_file, "out.h5ad", "--model", "m", "--values", "tpm")
     assert code == 2
     assert "tpm" in err
+
+
+def test_an_interruption_says_how_to_go_on(capsys, cells_file, tiny_model_dir, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding, "_embed_batch", interrupt)
+    arguments = ("embed", cells_file, tmp_path / "out.h5ad", "--model", tiny_model_dir, "--gene-column", "symbol")
+    code, _, err = run(capsys, *arguments, "--no-progress")
+    assert code == 130
+    assert "resumes when the same command is run again" in err
+    monkeypatch.undo()
+    code, _, err = run(capsys, *arguments, "--no-progress")
+    assert code == 0, err
 
 
 def test_debug_shows_the_traceback(capsys, cells_file, tmp_path):

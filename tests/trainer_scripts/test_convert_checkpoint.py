@@ -38,6 +38,12 @@ def test_the_folder_loads_through_the_auto_classes_and_holds_the_same_numbers(co
     assert len(AutoTokenizer.from_pretrained(folder).vocabulary) == 19264
 
 
+def test_all_files_have_ordinary_permissions(converted, tmp_path):
+    (tmp_path / "ordinary").touch()
+    ordinary = (tmp_path / "ordinary").stat().st_mode
+    assert {path.stat().st_mode for path in converted[0].iterdir()} == {ordinary}
+
+
 def test_the_original_config_is_kept_verbatim(converted):
     folder, original = converted
     assert json.loads((folder / "original_config.json").read_text()) == original.config
