@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import anndata
@@ -35,21 +36,19 @@ def resample(num_cells: int, path: Path) -> Path:
     return path
 
 
-def measure(source: Path, preset: str, dtype: str, results: "multiprocessing.Queue[dict[str, float]]") -> None:
-    """Embed one file and report bytes above the model, and cells/s."""
+def measure(source: Path, preset: str, dtype: str) -> tuple[int, float]:
+    """Embed one file; returns peak bytes above the model, and seconds."""
     overrides = THIN if preset == "thin" else {}
     config = scfoundation_hf.ScFoundationConfig.from_preset("100m" if preset == "thin" else preset, **overrides)
     model = scfoundation_hf.ScFoundationModel(config).to(getattr(torch, dtype)).eval()
-    with anndata.read_h5ad(source, backed="r").file:
-        pass  # imports and libraries are loaded before the baseline is taken
-    with torch.inference_mode():  # the first call allocates the thread pools' and kernels' own memory
+    anndata.read_h5ad(source, backed="r").file.close()  # what libraries load belongs to the baseline
+    with torch.inference_mode():  # and what thread pools and kernels allocate at their first call
         model(torch.tensor([[0, 1, 19264, 19265]]), torch.ones(1, 4))
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     scfoundation_hf.embed(source, model, output=source.with_name("out.h5ad"), overwrite=True, progress=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results.put({"peak": peak - before, "seconds": seconds})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, seconds
 
 
 def main() -> None:
@@ -59,7 +58,6 @@ def main() -> None:
     parser.add_argument("--preset", default="thin", choices=["thin", "3m", "10m", "100m"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     smallest = None
     print(
         f"model {arguments.preset}, {arguments.dtype}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}"
@@ -68,15 +66,12 @@ def main() -> None:
     for num_cells in arguments.cells:
         with tempfile.TemporaryDirectory() as folder:
             source = resample(num_cells, Path(folder) / "cells.h5ad")
-            results = context.Queue()
-            process = context.Process(target=measure, args=(source, arguments.preset, arguments.dtype, results))
-            process.start()
-            measured = results.get()
-            process.join()
-            smallest = smallest or measured["peak"]
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                peak, seconds = pool.submit(measure, source, arguments.preset, arguments.dtype).result()
+            smallest = smallest or peak
             print(
-                f"{num_cells:>8,} {source.stat().st_size / 2**20:>9.0f} {measured['peak'] / 2**20:>16.0f} "
-                f"{measured['peak'] / smallest:>6.2f} {num_cells / measured['seconds']:>8.1f}",
+                f"{num_cells:>8,} {source.stat().st_size / 2**20:>9.0f} {peak / 2**20:>16.0f} {peak / smallest:>6.2f} "
+                f"{num_cells / seconds:>8.1f}",
                 flush=True,
             )
 
