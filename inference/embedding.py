@@ -84,6 +84,11 @@ def embed(
         files that are missing, broken or in the way.
     Source: paper, Methods, "Cell embeddings"; `model/get_embedding.py` of the original, output_type "cell".
     """
+    if not isinstance(data, AnnData | str | PathLike):
+        raise TypeError(
+            f"embed takes an AnnData or the path of one, not a {type(data).__name__}; for a matrix, "
+            "anndata.AnnData(matrix, var=pandas.DataFrame(index=gene_names))."
+        )
     source = None if isinstance(data, AnnData) else Path(data)
     target = _check_target(source, output, overwrite=overwrite)
     if tokens_per_batch is not None and tokens_per_batch < 1:
@@ -110,7 +115,7 @@ def embed(
             tqdm.write(prepared.describe(), file=sys.stderr)
         job = _Job(loaded, prepared, pooling, budget, show_progress=progress)
         if isinstance(data, AnnData):
-            data.obsm[key_added] = np.concatenate(list(job.embeddings()))
+            data.obsm[key_added] = job.gather()
             data.obs[f"{key_added}_counts_kept"] = prepared.counts_kept_per_cell
             data.uns.setdefault("scfoundation", {})[key_added] = job.record()
             return data
@@ -200,6 +205,15 @@ class _Job:
                         rows[cells.cell_index - first] = _embed_batch(self.loaded.model, cells, self.pooling)
                     bar.update(last - first)
                     yield rows
+
+    def gather(self) -> np.ndarray:
+        """All embeddings in memory, float32 `(cells, width)`."""
+        rows = np.empty((self.prepared.num_cells, self.width), dtype=np.float32)
+        num_done = 0
+        for batch in self.embeddings():
+            rows[num_done : num_done + len(batch)] = batch
+            num_done += len(batch)
+        return rows
 
     def record(self) -> str:
         """Everything that says how the numbers came to be, as JSON (`uns` keeps no `None` and no nested lists)."""

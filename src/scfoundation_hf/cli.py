@@ -123,8 +123,12 @@ def embed(
 
     Example: `scfoundation embed cells.h5ad embedded.h5ad --model scfoundation-cell --gene-column symbol`
     """
+    from transformers.utils import logging
+
     from scfoundation_hf.inference.embedding import embed as run
 
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
     written = run(
         data,
         model,

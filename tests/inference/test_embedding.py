@@ -153,6 +153,8 @@ def test_cells_left_out_get_nan_and_are_counted(cells, tiny_model_dir, tmp_path)
 
 
 def test_outputs_and_arguments_are_checked_before_anything_runs(cells, cells_file, tiny_model_dir, tmp_path):
+    with pytest.raises(TypeError, match="takes an AnnData or the path of one, not a ndarray"):
+        embed(np.ones((2, 3)), tiny_model_dir, **OPTIONS)
     with pytest.raises(ValueError, match="output= is for files"):
         embed(cells, tiny_model_dir, output=tmp_path / "out.h5ad", **OPTIONS)
     with pytest.raises(ValueError, match="output= is missing"):
