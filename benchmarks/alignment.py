@@ -23,7 +23,7 @@ from scipy import sparse
 
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hao_pbmc.h5ad"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hao_pbmc.h5ad"  # beside the maintainers' clone
 MIB = 2**20
 
 
@@ -34,7 +34,7 @@ def resample(counts: sparse.csr_matrix, num_cells: int) -> sparse.csr_matrix:
 
 
 def align_as_original(counts: sparse.csr_matrix, gene_names: list[str], symbols: list[str]) -> pd.DataFrame:
-    """Dense, filled up with zeros and reindexed by name: original-computation.md, section 7."""
+    """Dense, filled up with zeros and reindexed by name, as `main_gene_selection` of the original does."""
     table = pd.DataFrame(counts.toarray(), columns=gene_names)
     missing = sorted(set(symbols) - set(gene_names))
     zeros = pd.DataFrame(np.zeros((len(table), len(missing))), columns=missing, index=table.index)
@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
 
+    if arguments.file == DATA and not DATA.is_file():
+        print(f"Skipped: {DATA} is not here; pass an .h5ad of raw counts with gene symbols in var_names.")
+        return
     adata = anndata.read_h5ad(arguments.file)
     vocabulary, gene_names = GeneVocabulary.default(), adata.var_names.tolist()
     symbols = list(vocabulary.symbols)
