@@ -107,7 +107,7 @@ def _try_backend(backend: str) -> Finding:
                 max_length_q=16,
                 max_length_k=16,
             )
-        return f"works on {device.type} in {str(dtype).removeprefix('torch.')}"
+        return f"on {device.type} in {str(dtype).removeprefix('torch.')}"
 
     return _attempt("Attention backends", backend, run)
 
