@@ -226,3 +226,7 @@ def _report(error: Exception) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     typer.echo(f"Warning: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()
