@@ -174,7 +174,7 @@ def convert(
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Model folder or Hub id to check too.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="DIR", help="Model folder or Hub id to check too.")] = None,
 ) -> None:
     """Say what is installed, which devices there are, and which attention backends run here and why not the others.
 
