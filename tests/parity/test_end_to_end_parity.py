@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 import scfoundation_hf
+from scfoundation_hf.tokenization.data_collator import as_tensors, pack_cells
 
 RELATIVE_TOLERANCE = 1e-4  # of the largest absolute value; the original's own rounding is about 1e-6
 
@@ -114,6 +115,31 @@ def test_predicted_expression_and_gene_embeddings(models, inputs, outputs):
         genes = model(**tokenizer(cells[:2].copy()), output_gene_embeddings=True).gene_embeddings
     assert_matches(expression, outputs["expr_single_F_t4"])
     assert_matches(genes[:, inputs["gene_positions"].long()], outputs["gene_F_f1"])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_cell_is_the_same_alone_batched_reordered_and_packed(models, inputs, backend):
+    tokenizer = AutoTokenizer.from_pretrained(models["gene"])
+    model = AutoModelForPreTraining.from_pretrained(models["gene"]).eval()
+    model.scfoundation.add_pooling_layer = True
+    cells = as_anndata(inputs["counts"])
+    order = [3, 1, 0, 2]
+    packed = as_tensors(pack_cells(tokenizer.prepare(cells).encode(0, len(cells))), "pt")
+    alone = [tokenizer(cells[[row]].copy()) for row in range(len(cells))]
+    with torch.inference_mode():
+        embeddings = torch.cat([model.scfoundation(**batch).pooler_output for batch in alone])
+        expression = torch.cat([model(**batch).predicted_values for batch in alone])
+        model.set_attn_implementation(backend)
+        for batch, rows in (
+            (tokenizer(cells), slice(None)),
+            (tokenizer(cells[order].copy()), order),
+            (packed, slice(None)),
+        ):
+            for got, expected in (
+                (model.scfoundation(**batch).pooler_output, embeddings[rows]),
+                (model(**batch).predicted_values, expression[rows]),
+            ):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_a_total_of_one_keeps_its_depth_tokens(models):
