@@ -9,7 +9,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode, max_of_pooled
 from scfoundation_hf.tokenization.data_collator import EncodedCells, as_tensors, pack_cells
-from scfoundation_hf.tokenization.prepared_cells import PreparedCells
+from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, PreparedCells, Values
 
 from .loading import LoadedEncoder, ModelSource, load_encoder
 from .writer import CellResults, RowProgress, check_output, identify_file, progress_folder, write_results
@@ -37,13 +37,13 @@ def embed(
     key_added: str = "X_scfoundation",
     layer: str | None = None,
     gene_column: str | None = None,
-    values: Literal["counts", "expected_counts", "log1p_cp10k", "recover_counts"] = "counts",
+    values: Values = "counts",
     total_counts: np.ndarray | str | None = None,
     target_depth: float | None = None,
     depth_fold: float | None = None,
     min_genes: int | None = None,
-    on_empty_cell: Literal["error", "nan"] = "error",
-    original_mode: Literal["normalized_cells", "bulk_raw", "bulk_normalized"] | None = None,
+    on_empty_cell: OnEmptyCell = "error",
+    original_mode: OriginalMode | None = None,
     tokens_per_batch: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,

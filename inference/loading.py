@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,8 @@ from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFounda
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
 ModelSource = str | PathLike[str] | PreTrainedModel
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
 
 
 @dataclass(frozen=True)

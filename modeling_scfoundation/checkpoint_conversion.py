@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from scfoundation_hf.configuration.configuration_scfoundation import ScFoundatio
 from .modeling_scfoundation import ScFoundationForPreTraining
 
 CheckpointKey = Literal["cell", "rde", "gene"]
-CHECKPOINT_KEYS = ("cell", "rde", "gene")
+CHECKPOINT_KEYS: tuple[CheckpointKey, ...] = get_args(CheckpointKey)
 PREFIX = "model."
 MASK_NAME = "token_emb.emb_mask.weight"  # the only tensor whose shape differs: (1, D) there, (D,) here
 

@@ -9,12 +9,12 @@ import os
 import tempfile
 from os import PathLike
 from pathlib import Path
-from typing import get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import (
+    CHECKPOINT_KEYS,
     UNUSED_NAMES,
     CheckpointKey,
     convert_config,
@@ -85,8 +85,8 @@ def convert_checkpoint(
     Raises: ValueError: if the file is no such checkpoint or any tensor does not fit, with the names; FileNotFoundError,
         FileExistsError: as the names say.
     """
-    if key not in get_args(CheckpointKey):
-        raise ValueError(f"There is no key {key!r}; choose {', '.join(get_args(CheckpointKey))}.")
+    if key not in CHECKPOINT_KEYS:
+        raise ValueError(f"There is no key {key!r}; choose {', '.join(CHECKPOINT_KEYS)}.")
     target = Path(output)
     _check_target(target, overwrite=overwrite)
     original = read_official_checkpoint(checkpoint, key=key)
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--key", choices=get_args(CheckpointKey), required=True)
+    parser.add_argument("--key", choices=CHECKPOINT_KEYS, required=True)
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args()
     print(convert_checkpoint(arguments.checkpoint, arguments.output, key=arguments.key, overwrite=arguments.overwrite))

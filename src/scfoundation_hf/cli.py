@@ -3,7 +3,6 @@
 import sys
 import traceback
 import warnings
-from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from scfoundation_hf.inference.loading import DtypeName
+from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import CheckpointKey
+from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
+from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -22,53 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-
-class Values(StrEnum):
-    """What the values of the matrix are."""
-
-    counts = "counts"
-    expected_counts = "expected_counts"
-    log1p_cp10k = "log1p_cp10k"
-    recover_counts = "recover_counts"
-
-
-class Pooling(StrEnum):
-    """How tokens become one vector a cell."""
-
-    all = "all"
-    max = "max"
-
-
-class OnEmptyCell(StrEnum):
-    """What to do with a cell without counts."""
-
-    error = "error"
-    nan = "nan"
-
-
-class OriginalMode(StrEnum):
-    """Input modes of the original script."""
-
-    normalized_cells = "normalized_cells"
-    bulk_raw = "bulk_raw"
-    bulk_normalized = "bulk_normalized"
-
-
-class Precision(StrEnum):
-    """Dtype to compute in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Key(StrEnum):
-    """The three models of the released checkpoint."""
-
-    cell = "cell"
-    rde = "rde"
-    gene = "gene"
 
 
 @app.callback()
@@ -87,14 +44,14 @@ def embed(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Copy of IN with the embeddings added.")],
     model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
     pooling: Annotated[
-        Pooling, typer.Option(help="all: S, T, max and mean over genes; max: max over all tokens.")
-    ] = Pooling.all,
+        PoolingMode, typer.Option(help="all: S, T, max and mean over genes; max: max over all tokens.")
+    ] = "all",
     key_added: Annotated[str, typer.Option(help="Name of the result in obsm.")] = "X_scfoundation",
     layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
     gene_column: Annotated[
         str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
     ] = None,
-    values: Annotated[Values, typer.Option(help="What the values are.")] = Values.counts,
+    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
     total_counts: Annotated[
         str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
     ] = None,
@@ -107,7 +64,7 @@ def embed(
     ] = None,
     on_empty_cell: Annotated[
         OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
-    ] = OnEmptyCell.error,
+    ] = "error",
     original_mode: Annotated[
         OriginalMode | None, typer.Option(help="Reproduce another input mode of the original script.")
     ] = None,
@@ -115,7 +72,7 @@ def embed(
         int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
-    dtype: Annotated[Precision, typer.Option(help="Precision to compute in.")] = Precision.float32,
+    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
 ) -> None:
@@ -133,20 +90,20 @@ def embed(
         data,
         model,
         output=output,
-        pooling=pooling.value,
+        pooling=pooling,
         key_added=key_added,
         layer=layer,
         gene_column=gene_column,
-        values=values.value,
+        values=values,
         total_counts=total_counts,
         target_depth=target_depth,
         depth_fold=depth_fold,
         min_genes=min_genes,
-        on_empty_cell=on_empty_cell.value,
-        original_mode=None if original_mode is None else original_mode.value,
+        on_empty_cell=on_empty_cell,
+        original_mode=original_mode,
         tokens_per_batch=tokens_per_batch,
         device=device,
-        dtype=dtype.value,
+        dtype=dtype,
         overwrite=overwrite,
         progress=progress,
     )
@@ -158,7 +115,7 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The released models.ckpt.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     key: Annotated[
-        Key,
+        CheckpointKey,
         typer.Option(help="cell: cell embeddings; rde: read-depth enhancement; gene: gene embeddings, expression."),
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
@@ -169,7 +126,7 @@ def convert(
     """
     from scfoundation_hf.trainer_scripts.convert_checkpoint import convert_checkpoint
 
-    typer.echo(convert_checkpoint(checkpoint, output, key=key.value, overwrite=overwrite))
+    typer.echo(convert_checkpoint(checkpoint, output, key=key, overwrite=overwrite))
 
 
 @app.command()
