@@ -1,5 +1,12 @@
-"""The decoder: a pre-norm Performer over all positions of a cell: expressed, hidden and zero genes alike."""
-# B cells, S positions (genes, T, S), D encoder width, E decoder width, H heads
+"""The decoder: a pre-norm Performer over all positions of a cell: expressed, hidden and zero genes alike.
+
+Nine positions of ten are zero genes, whose input is the same in every cell. So the first layer computes their
+keys, values and queries once a batch and corrects the sums over keys for the genes that a cell does not have
+zero; and the last layer computes queries and feed-forward only where a prediction is wanted. Both are the same
+numbers as every layer over every position, which `place_genes` and plain layers give. docs/speed.md has the
+equations.
+"""
+# B cells, S positions (genes, T, S), P placed genes a cell, M targets, D encoder width, E decoder width, H heads
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +16,20 @@ from transformers.utils.generic import maybe_autocast
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 
-from .linear_attention import streaming_favor_attention
+from .linear_attention import (
+    FEATURE_EPSILON,
+    ExponentialSums,
+    attend_shared_queries,
+    attend_to_summary,
+    largest_logit,
+    scale_to_stabiliser,
+    streaming_favor_attention,
+    with_ones,
+)
+
+# Sums that a cell does not have are subtracted from those of all zero genes. Float32 bears that while the largest
+# logit subtracted is not far above the largest one left: e^4 costs two of seven digits.
+LARGEST_SUBTRACTED_LOGIT = 4.0
 
 
 class ScFoundationLinearAttention(nn.Module):
@@ -28,15 +48,97 @@ class ScFoundationLinearAttention(nn.Module):
         assert config.decoder_num_random_features is not None  # the configuration fills it in
         self.register_buffer("projection", torch.empty(config.decoder_num_random_features, config.decoder_head_dim))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(B, S, E)` to `(B, S, E)`; the features and their sums are float32 in every model dtype."""
-        split = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(split).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(split).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(split).transpose(1, 2)
+    def forward(
+        self, hidden_states: Tensor, query_states: Tensor | None = None, *, key_weights: Tensor | None = None
+    ) -> Tensor:
+        """`(B, S, E)` to `(B, S, E)`; the features and their sums are float32 in every model dtype.
+
+        Args:
+            query_states: `(B, M, E)` what asks, if not every position does; the answer is then `(B, M, E)`.
+            key_weights: `(B, S)` how often each position counts as a key.
+        """
+        query = self._heads(self.q_proj, hidden_states if query_states is None else query_states)
+        key, value = self._heads(self.k_proj, hidden_states), self._heads(self.v_proj, hidden_states)
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            attended = streaming_favor_attention(query, key, value, self.projection)
-        return self.o_proj(attended.to(query.dtype).transpose(1, 2).flatten(2))
+            attended = streaming_favor_attention(query, key, value, self.projection, key_weights=key_weights)
+        return self._output(attended.transpose(1, 2), query.dtype)
+
+    def from_shared_zeros(
+        self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same attention where all cells share the states of their zero genes.
+
+        Args:
+            zero_states: `(S, E)` each position as a zero gene.
+            placed_states: `(B, P, E)` what stands in their place at `placed_ids`.
+            placed_ids: `(B, P)`, padded with S.
+        Returns: attention of every position as a zero gene `(B, S, E)`, and of the placed genes `(B, P, E)`;
+            `None` where the subtraction would cost more than two digits.
+        """
+        zeros = zero_states[None]
+        dtype = zero_states.dtype
+        zero_query, zero_key = self._heads(self.q_proj, zeros), self._heads(self.k_proj, zeros)
+        zero_value = self._heads(self.v_proj, zeros)
+        query, key = self._heads(self.q_proj, placed_states), self._heads(self.k_proj, placed_states)
+        value = self._heads(self.v_proj, placed_states)
+        with maybe_autocast(zero_states.device.type, enabled=False):
+            summary = _summarise_with_zeros(key, value, placed_ids, zero_key, zero_value, self.projection)
+            if summary is None:
+                return None
+            of_zeros = attend_shared_queries(zero_query[0], summary, self.projection)
+            of_placed = attend_to_summary(query, summary, self.projection)
+        return self.o_proj(of_zeros.to(dtype)), self._output(of_placed.transpose(1, 2), dtype)
+
+    def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
+        return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _output(self, attended: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.o_proj(attended.to(dtype).flatten(2))
+
+
+def _summarise_with_zeros(
+    key: Tensor, value: Tensor, placed_ids: Tensor, zero_key: Tensor, zero_value: Tensor, projection: Tensor
+) -> Tensor | None:
+    """Sums over the keys of each cell: all zero genes, less those replaced, plus what replaces them.
+
+    Args:
+        key: `(B, H, P, head width)` of the placed genes, as `value`.
+        placed_ids: `(B, P)`, padded with S.
+        zero_key: `(1, H, S, head width)`, as `zero_value`.
+    Returns: `(B, H, F, head width + 1)`, or `None` where float32 could not bear the subtraction.
+    """
+    num_cells, num_positions = len(placed_ids), zero_key.shape[2]
+    is_padding = placed_ids.eq(num_positions)
+    sign = (~is_padding).float()
+    ids = placed_ids.masked_fill(is_padding, 0)
+    replaced_key, replaced_value = (table[0][:, ids].transpose(0, 1) for table in (zero_key, zero_value))
+    zero_values = with_ones(zero_value)
+    changes = torch.cat([with_ones(value, weights=sign), with_ones(replaced_value, weights=-sign)], dim=2)
+    zero_sums, zero_reference, zero_maxima = ExponentialSums.apply(zero_key, zero_values, projection, None)
+    change_sums, change_reference, change_maxima = ExponentialSums.apply(
+        torch.cat([key, replaced_key], dim=2), changes, projection, None
+    )
+    # The stabiliser is the largest logit of the keys that the cell has: zero genes left, then placed genes.
+    is_replaced = torch.zeros(num_cells, num_positions + 1, dtype=torch.bool, device=ids.device)
+    is_replaced = is_replaced.scatter(1, placed_ids, True)[:, :num_positions]
+    left = torch.where(is_replaced, -torch.inf, zero_maxima)
+    placed = change_maxima[:, : ids.shape[1]].masked_fill(is_padding, -torch.inf)
+    zero_winner, placed_winner = left.max(dim=1), placed.max(dim=1)
+    winning_key = torch.where(
+        (zero_winner.values >= placed_winner.values)[:, None, None],
+        zero_key[0][:, zero_winner.indices].transpose(0, 1),
+        key.take_along_dim(placed_winner.indices[:, None, None, None], dim=2).squeeze(2),
+    )
+    largest_left = torch.maximum(zero_winner.values, placed_winner.values)
+    subtracted = torch.maximum(zero_reference, change_reference) - largest_left
+    if subtracted.max() > LARGEST_SUBTRACTED_LOGIT:
+        return None
+    stabiliser = largest_logit(winning_key, projection)
+    exponential_sums = scale_to_stabiliser(zero_sums, zero_reference, stabiliser) + scale_to_stabiliser(
+        change_sums, change_reference, stabiliser
+    )
+    value_sums = zero_values.sum(dim=2, keepdim=True) + changes.sum(dim=2, keepdim=True)
+    return exponential_sums + FEATURE_EPSILON * value_sums
 
 
 class ScFoundationDecoderLayer(GradientCheckpointingLayer):
@@ -51,11 +153,57 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.decoder_hidden_act]
         self.down_proj = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`(B, S, E)` to `(B, S, E)`."""
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        placed_states: Tensor | None = None,
+        placed_ids: Tensor | None = None,
+        *,
+        query_slots: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Every position of every cell, `(B, S, E)` to `(B, S, E)`.
+
+        Args:
+            placed_states: `(B, P, E)`, with `placed_ids` `(B, P)`: then `hidden_states` is `(S, E)`, what all
+                cells have in common, and these stand in its place.
+            query_slots: `(B, M)` positions that are wanted: then the result is `(B, M, E)`.
+            key_weights: `(B, S)` how often each position counts as a key.
+        """
+        if placed_states is not None and placed_ids is not None:
+            return self._feed_forward(self._attend_from_shared_zeros(hidden_states, placed_states, placed_ids))
+        normed = self.attention_norm(hidden_states)
+        if query_slots is None:
+            return self._feed_forward(hidden_states + self.attention(normed, key_weights=key_weights))
+        queried, query_states = (_take_slots(states, query_slots) for states in (hidden_states, normed))
+        return self._feed_forward(queried + self.attention(normed, query_states, key_weights=key_weights))
+
+    def _attend_from_shared_zeros(self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor) -> Tensor:
+        attended = self.attention.from_shared_zeros(
+            self.attention_norm(zero_states), self.attention_norm(placed_states), placed_ids
+        )
+        if attended is None:
+            hidden_states = place_genes(zero_states.expand(len(placed_ids), -1, -1), placed_states, placed_ids)
+            return hidden_states + self.attention(self.attention_norm(hidden_states))
+        of_zeros, of_placed = attended
+        return place_genes(zero_states + of_zeros, placed_states + of_placed, placed_ids)
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         transformed = self.activation(self.up_proj(self.feed_forward_norm(hidden_states)))
         return hidden_states + self.down_proj(transformed)
+
+
+def place_genes(zero_states: Tensor, placed_states: Tensor, placed_slots: Tensor) -> Tensor:
+    """`(B, S, E)` with `placed_states` `(B, P, E)` at `placed_slots` `(B, P)`; slot S, padding's, is left out."""
+    num_positions, width = zero_states.shape[1:]
+    with_padding = nn.functional.pad(zero_states, (0, 0, 0, 1))
+    index = placed_slots[..., None].expand(-1, -1, width)
+    return with_padding.scatter(1, index, placed_states.to(zero_states.dtype))[:, :num_positions]
+
+
+def _take_slots(states: Tensor, slots: Tensor) -> Tensor:
+    """`(B, S, E)` at `slots` `(B, M)`: `(B, M, E)`."""
+    return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class ScFoundationDecoder(nn.Module):
@@ -71,33 +219,39 @@ class ScFoundationDecoder(nn.Module):
     def forward(
         self,
         zero_states: Tensor,
-        visible_states: Tensor,
-        visible_cells: Tensor,
-        visible_ids: Tensor,
-        masked_states: Tensor | None,
-        masked_ids: Tensor | None,
+        placed_states: Tensor,
+        placed_ids: Tensor,
         *,
-        num_cells: int,
+        target_ids: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
+        decoder_weights: Tensor | None = None,
     ) -> Tensor:
-        """Decode every position of every cell.
+        """Decode every position of every cell, or the targets.
 
         Args:
-            zero_states: `(1, S + 1, D)` each position where a gene is zero; the last row is padding's.
-            visible_states: `(tokens, D)` encoder output plus identity, all cells in a row, padding allowed.
-            visible_cells: `(tokens,)` the cell each token belongs to.
-            visible_ids: `(tokens,)` its position.
-            masked_states: `(B, hidden genes, D)` mask embedding plus identity; `None`: nothing is hidden.
-            masked_ids: `(B, hidden genes)` positions, padded with the padding id.
-            num_cells: B.
-        Returns: `(B, S, E)` after the decoder's norm.
+            zero_states: `(S, D)` each position where a gene is zero.
+            placed_states: `(B, P, D)` what is not zero: encoder output plus identity of visible genes, T and
+                S, mask embedding plus identity of hidden genes.
+            placed_ids: `(B, P)` their positions, padded with S; none twice in a cell.
+            target_ids: `(B, M)` positions wanted; left out: all.
+            decoder_ids: `(B, P')` rising: the positions shown, if not all. All of `placed_ids` and
+                `target_ids` are among them.
+            decoder_weights: `(B, P')` how often each counts as a key.
+        Returns: `(B, M, E)` or `(B, S, E)` after the decoder's norm.
         """
         # Projecting before placing is the same map on fewer rows: a zero gene is the same in every cell.
-        placed = self.input_projection(zero_states).repeat(num_cells, 1, 1)  # (B, S + 1, E)
-        placed = placed.index_put((visible_cells, visible_ids), self.input_projection(visible_states))
-        if masked_states is not None and masked_ids is not None:
-            cells = torch.arange(num_cells, device=masked_ids.device)[:, None]
-            placed = placed.index_put((cells, masked_ids), self.input_projection(masked_states))
-        hidden_states = placed[:, : self.num_positions]  # whatever padding wrote lies in the row behind
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return self.norm(hidden_states)
+        zero_states, placed_states = self.input_projection(zero_states), self.input_projection(placed_states)
+        if decoder_ids is not None:
+            is_padding = placed_ids.eq(self.num_positions)
+            placed_ids = torch.searchsorted(decoder_ids, placed_ids).masked_fill(is_padding, decoder_ids.shape[1])
+            target_ids = None if target_ids is None else torch.searchsorted(decoder_ids, target_ids)
+        first, *others = self.layers
+        if others and decoder_ids is None and len(placed_ids) > 1 and not torch.compiler.is_compiling():
+            hidden_states = first(zero_states, placed_states, placed_ids)
+        else:
+            others = list(self.layers)
+            shown = zero_states.expand(len(placed_ids), -1, -1) if decoder_ids is None else zero_states[decoder_ids]
+            hidden_states = place_genes(shown, placed_states, placed_ids)
+        for layer in others[:-1]:
+            hidden_states = layer(hidden_states, key_weights=decoder_weights)
+        return self.norm(others[-1](hidden_states, query_slots=target_ids, key_weights=decoder_weights))

@@ -1,23 +1,33 @@
 """FAVOR+: softmax attention approximated by random features, linear in the number of positions.
 
-Both forms compute the original's formula, its 1e-4 inside the feature map included: at ordinary weight scales
+All forms compute the original's formula, its 1e-4 inside the feature map included: at ordinary weight scales
 that constant is as large as the exponentials it stands beside, so it shapes the answer and cannot be dropped.
 For the same reason the key stabiliser G matters; here it is the maximum within one cell, over all heads,
 positions and features, which is what the original computes when it is run one cell at a time.
 
+The streaming form is made of two sums, so that a caller may put together the keys of a cell from parts:
+
+    keys    ->  sum_s exp(w . k_s - |k_s|^2 / 2 - G) [v_s, 1]      (`ExponentialSums`, then `scale_to_stabiliser`)
+    queries ->  (numerator, denominator) = (exp(w . q - |q|^2 / 2 - max) + 1e-4) @ summary      (`read_summary`)
+
+The denominator is the same sum as the numerator, of ones instead of values, so it rides along as one more
+column; weights of keys scale that row `[v, 1]`.
+
 Source: Choromanski et al. 2021 (FAVOR+); the Performer decoder of the original.
 """
-# B cells, H heads, S positions, F random features, D head width
+# B cells, H heads, S positions, F random features, D head width, N = B * H, R cells that share their queries
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import maybe_autocast
 
 FEATURE_EPSILON = 1e-4
-KEY_CHUNK_SIZE = 2048  # 17 MB of features a cell and 8 heads; shorter chunks are slower, whole cells slower still
+# Entries of a feature map held at once. A CPU is fastest while they fit its cache; a GPU wants large launches.
+CPU_FEATURE_BUDGET = 2**21
+ACCELERATOR_FEATURE_BUDGET = 2**27
 
 
 def draw_orthogonal_projection(num_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -33,12 +43,15 @@ def draw_orthogonal_projection(num_features: int, head_dim: int, *, generator: t
     return directions * lengths
 
 
-def favor_attention(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> Tensor:
+def favor_attention(
+    query: Tensor, key: Tensor, value: Tensor, projection: Tensor, *, key_weights: Tensor | None = None
+) -> Tensor:
     """FAVOR+ attention with all feature maps held at once: the formula itself, for tests and for reading.
 
     Args:
-        query: `(B, H, S, D)`, as `key` and `value`.
+        query: `(B, H, S, D)`, as `key` and `value`; the number of queries may differ.
         projection: `(F, D)` random features.
+        key_weights: `(B, S)` how often each key counts; left out: once.
     Returns: float32 `(B, H, S, D)`.
     Source: original-computation of the Performer; the factors 1/sqrt(F) of both maps cancel and are left out.
     """
@@ -48,72 +61,208 @@ def favor_attention(query: Tensor, key: Tensor, value: Tensor, projection: Tenso
     key_stabiliser = key_logits.amax(dim=(1, 2, 3), keepdim=True)
     query_features = torch.exp(query_logits - query_half_square - query_stabiliser) + FEATURE_EPSILON
     key_features = torch.exp(key_logits - key_half_square - key_stabiliser) + FEATURE_EPSILON
+    if key_weights is not None:
+        key_features = key_features * key_weights[:, None, :, None]
     numerator = query_features @ (key_features.transpose(-1, -2) @ value.float())
     return numerator / (query_features @ key_features.sum(dim=2)[..., None])
 
 
 def streaming_favor_attention(
-    query: Tensor, key: Tensor, value: Tensor, projection: Tensor, *, chunk_size: int = KEY_CHUNK_SIZE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    *,
+    key_weights: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """The same as `favor_attention`, never holding more than `chunk_size` positions' feature maps.
 
-    Keys are summed up chunk by chunk under a running maximum; what was summed under a smaller one is scaled
-    down when a larger one turns up. The 1e-4 does not scale with it, so it enters at the end as a rank-one
-    term. When gradients are wanted each chunk's feature map is computed again in the backward pass.
+    Memory does not grow with the number of positions, forward or backward: each chunk's feature map is computed
+    again for the gradients.
 
-    Args and returns: as `favor_attention`.
+    Args and returns: as `favor_attention`; `chunk_size` left out: by `chunk_size_for`.
     """
-    key_summary, feature_sum = _summarise_keys(key, value, projection, chunk_size)
-    chunks = [
-        _run_chunk(_read_summary, chunk, key_summary, feature_sum, projection)
-        for chunk in query.split(chunk_size, dim=2)
-    ]
-    return torch.cat(chunks, dim=2)
+    summary = summarise_keys(key, with_ones(value, weights=key_weights), projection, chunk_size=chunk_size)
+    return attend_to_summary(query, summary, projection, chunk_size=chunk_size)
+
+
+def with_ones(value: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """`[v, 1]`, float32 `(B, H, S, D + 1)`, each row times its weight `(B, S)`."""
+    extended = torch.nn.functional.pad(value.float(), (0, 1), value=1.0)
+    return extended if weights is None else extended * weights[:, None, :, None]
+
+
+def summarise_keys(key: Tensor, values: Tensor, projection: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """What queries need to know of all keys: sum of key feature times `[v, 1]`.
+
+    Args:
+        key: `(B, H, S, D)`.
+        values: `(B, H, S, D + 1)` from `with_ones`.
+    Returns: float32 `(B, H, F, D + 1)`.
+    """
+    sums, reference, row_maxima = ExponentialSums.apply(key, values, projection, chunk_size)
+    winners = row_maxima.argmax(dim=1)  # (B,) the position whose logit is the stabiliser
+    winning_keys = key.take_along_dim(winners[:, None, None, None], dim=2).squeeze(2)
+    stabiliser = largest_logit(winning_keys, projection)
+    return scale_to_stabiliser(sums, reference, stabiliser) + FEATURE_EPSILON * values.sum(dim=2, keepdim=True)
+
+
+def largest_logit(keys: Tensor, projection: Tensor) -> Tensor:
+    """The largest random-feature logit of each cell's one key `(B, H, D)`, over heads and features: `(B,)`."""
+    return _project(keys, projection)[0].amax(dim=(1, 2))
+
+
+def scale_to_stabiliser(sums: Tensor, reference: Tensor, stabiliser: Tensor) -> Tensor:
+    """Sums that were taken under a constant `reference` `(B,)` as if under `stabiliser` `(B,)`."""
+    return sums * torch.exp(reference - stabiliser)[:, None, None, None]
+
+
+def attend_to_summary(query: Tensor, summary: Tensor, projection: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """Attention of queries `(B, H, S, D)` to keys summed up by `summarise_keys`: float32 `(B, H, S, D)`."""
+    num_cells, num_heads = query.shape[:2]
+    attended = _ReadSummary.apply(query.flatten(0, 1), summary.flatten(0, 1)[:, :, None], projection, chunk_size)
+    return attended.squeeze(2).unflatten(0, (num_cells, num_heads))
+
+
+def attend_shared_queries(
+    query: Tensor, summary: Tensor, projection: Tensor, *, chunk_size: int | None = None
+) -> Tensor:
+    """The same queries `(H, S, D)` asked of every cell's summary `(B, H, F, D + 1)`: float32 `(B, S, H * D)`.
+
+    Their feature map is computed once, and read by all cells in one matrix product a head.
+    """
+    attended = _ReadSummary.apply(query, summary.permute(1, 2, 0, 3), projection, chunk_size)  # (H, S, B, D)
+    return attended.permute(2, 1, 0, 3).flatten(2)
+
+
+def chunk_size_for(rows_per_position: int, num_features: int, device: torch.device) -> int:
+    """Positions whose feature maps are held at once: as many as fit the budget of the device."""
+    budget = CPU_FEATURE_BUDGET if device.type == "cpu" else ACCELERATOR_FEATURE_BUDGET
+    return max(budget // (rows_per_position * num_features), 32)
+
+
+class ExponentialSums(torch.autograd.Function):
+    """sum_s exp(w . k_s - |k_s|^2 / 2 - reference) [v_s, 1], streamed over positions.
+
+    The reference is the largest logit met, taken as a constant: it is only the scale in which the sums are
+    written, and cancels when they are brought to another. So no gradient flows through it here; that of the
+    stabiliser flows where the stabiliser is chosen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, values: Tensor, projection: Tensor, chunk_size: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, H, S, D)` keys and `(B, H, S, D + 1)` values to sums `(B, H, F, D + 1)`.
+
+        Returns: the sums; the reference `(B,)`; the largest logit of each position over heads and features
+            `(B, S)`.
+        """
+        num_cells, num_heads, num_positions, _ = key.shape
+        num_features = projection.shape[0]
+        chunk_size = chunk_size or chunk_size_for(num_cells * num_heads, num_features, key.device)
+        reference = key.new_full((num_cells,), -torch.inf, dtype=torch.float32)
+        sums = key.new_zeros((num_cells * num_heads, num_features, values.shape[-1]), dtype=torch.float32)
+        row_maxima = key.new_empty((num_cells, num_positions), dtype=torch.float32)
+        for chunk in _chunks(num_positions, chunk_size):
+            logits, half_square = _project(key[:, :, chunk], projection)
+            row_maxima[:, chunk] = logits.amax(dim=-1).amax(dim=1)
+            larger = torch.maximum(reference, row_maxima[:, chunk].amax(dim=1))
+            exponentials = logits.sub_(half_square + larger[:, None, None, None]).exp_()
+            sums.unflatten(0, (num_cells, num_heads)).mul_(torch.exp(reference - larger)[:, None, None, None])
+            sums.baddbmm_(exponentials.flatten(0, 1).transpose(1, 2), values[:, :, chunk].flatten(0, 1).float())
+            reference = larger
+        ctx.save_for_backward(key, values, projection, reference)
+        ctx.chunk_size = chunk_size
+        ctx.mark_non_differentiable(reference, row_maxima)
+        return sums.unflatten(0, (num_cells, num_heads)), reference, row_maxima
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients for keys and values; each chunk's exponentials are computed again."""
+        key, values, projection, reference = ctx.saved_tensors
+        num_cells, num_heads, num_positions, head_dim = key.shape
+        sums_gradient = gradients[0].flatten(0, 1)
+        key_gradient, values_gradient = torch.empty_like(key), torch.empty_like(values)
+        shape = (num_cells, num_heads)
+        with maybe_autocast(key.device.type, enabled=False):
+            for chunk in _chunks(num_positions, ctx.chunk_size):
+                scaled = _scale(key[:, :, chunk])
+                logits, half_square = _project_scaled(scaled, projection)
+                exponentials = logits.sub_(half_square + reference[:, None, None, None]).exp_().flatten(0, 1)
+                values_gradient[:, :, chunk] = (exponentials @ sums_gradient).unflatten(0, shape)
+                logits_gradient = torch.bmm(values[:, :, chunk].flatten(0, 1).float(), sums_gradient.transpose(1, 2))
+                logits_gradient.mul_(exponentials)
+                scaled_gradient = logits_gradient @ projection.float()
+                scaled_gradient -= logits_gradient.sum(dim=-1, keepdim=True) * scaled.flatten(0, 1)
+                key_gradient[:, :, chunk] = scaled_gradient.mul_(head_dim**-0.25).unflatten(0, shape)
+        return key_gradient, values_gradient, None, None
+
+
+class _ReadSummary(torch.autograd.Function):
+    """(query features @ numerator) / (query features @ denominator), streamed over queries."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, summary: Tensor, projection: Tensor, chunk_size: int | None) -> Tensor:
+        """`(N, S, D)` queries and `(N, F, R, D + 1)` summaries to `(N, S, R, D)`."""
+        num_rows, num_queries, _ = query.shape
+        chunk_size = chunk_size or chunk_size_for(num_rows, projection.shape[0], query.device)
+        readers = summary.shape[2:]
+        columns = summary.flatten(2)
+        constant = FEATURE_EPSILON * columns.sum(dim=1, keepdim=True)
+        attended = query.new_empty((num_rows, num_queries, readers[0], readers[1] - 1), dtype=torch.float32)
+        denominator = query.new_empty((num_rows, num_queries, readers[0], 1), dtype=torch.float32)
+        for chunk in _chunks(num_queries, chunk_size):
+            logits, half_square = _project(query[:, chunk], projection)
+            exponentials = logits.sub_(half_square + logits.amax(dim=-1, keepdim=True)).exp_()
+            read = torch.baddbmm(constant, exponentials, columns).unflatten(2, readers)
+            denominator[:, chunk] = read[..., -1:]
+            torch.div(read[..., :-1], read[..., -1:], out=attended[:, chunk])
+        ctx.save_for_backward(query, summary, projection, attended, denominator)
+        ctx.chunk_size = chunk_size
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients for queries and summaries; each chunk's exponentials are computed again."""
+        query, summary, projection, attended, denominator = ctx.saved_tensors
+        num_queries, head_dim = query.shape[1:]
+        columns = summary.flatten(2)
+        columns_gradient = torch.zeros_like(columns)
+        query_gradient = torch.empty_like(query)
+        with maybe_autocast(query.device.type, enabled=False):
+            for chunk in _chunks(num_queries, ctx.chunk_size):
+                numerator_gradient = gradients[0][:, chunk] / denominator[:, chunk]
+                denominator_gradient = -(numerator_gradient * attended[:, chunk]).sum(dim=-1, keepdim=True)
+                read_gradient = torch.cat([numerator_gradient, denominator_gradient], dim=-1).flatten(2)
+                scaled = _scale(query[:, chunk])
+                logits, half_square = _project_scaled(scaled, projection)
+                largest = logits.max(dim=-1, keepdim=True)
+                exponentials = logits.sub_(half_square + largest.values).exp_()
+                columns_gradient.baddbmm_(exponentials.transpose(1, 2), read_gradient)
+                columns_gradient += FEATURE_EPSILON * read_gradient.sum(dim=1, keepdim=True)
+                logits_gradient = torch.bmm(read_gradient, columns.transpose(1, 2)).mul_(exponentials)
+                total = logits_gradient.sum(dim=-1, keepdim=True)
+                logits_gradient.scatter_add_(-1, largest.indices, -total)  # the stabiliser is one of the logits
+                scaled_gradient = logits_gradient @ projection.float() - total * scaled
+                query_gradient[:, chunk] = scaled_gradient.mul_(head_dim**-0.25)
+        return query_gradient, columns_gradient.unflatten(2, summary.shape[2:]), None, None
+
+
+def _chunks(num_positions: int, chunk_size: int) -> Iterator[slice]:
+    for start in range(0, num_positions, chunk_size):
+        yield slice(start, start + chunk_size)
+
+
+def _scale(states: Tensor) -> Tensor:
+    return states.float() * states.shape[-1] ** -0.25
 
 
 def _project(states: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    """Random-feature logits `(B, H, S, F)` and half the squared norm `(B, H, S, 1)`, in float32."""
-    scaled = states.float() * states.shape[-1] ** -0.25
+    """Random-feature logits `(..., S, F)` and half the squared norm `(..., S, 1)`, in float32."""
+    return _project_scaled(_scale(states), projection)
+
+
+def _project_scaled(scaled: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     return scaled @ projection.float().transpose(0, 1), scaled.square().sum(dim=-1, keepdim=True) / 2
-
-
-def _summarise_keys(key: Tensor, value: Tensor, projection: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Sum of feature x value `(B, H, F, D)` and of features `(B, H, F)` over all keys."""
-    num_cells, num_heads, num_positions, head_dim = key.shape
-    num_features = projection.shape[0]
-    running_maximum = key.new_full((num_cells, 1, 1, 1), -torch.inf, dtype=torch.float32)
-    exponential_summary = key.new_zeros((num_cells, num_heads, num_features, head_dim), dtype=torch.float32)
-    exponential_sum = key.new_zeros((num_cells, num_heads, num_features), dtype=torch.float32)
-    state = (running_maximum, exponential_summary, exponential_sum)
-    for key_chunk, value_chunk in zip(key.split(chunk_size, dim=2), value.split(chunk_size, dim=2), strict=True):
-        state = _run_chunk(_add_keys, *state, key_chunk, value_chunk, projection)
-    _, exponential_summary, exponential_sum = state
-    value_sum = value.float().sum(dim=2)[:, :, None, :]
-    return (
-        exponential_summary + FEATURE_EPSILON * value_sum,
-        exponential_sum + FEATURE_EPSILON * num_positions,
-    )
-
-
-def _add_keys(
-    running_maximum: Tensor, summary: Tensor, total: Tensor, key: Tensor, value: Tensor, projection: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits, half_square = _project(key, projection)
-    maximum = torch.maximum(running_maximum, logits.amax(dim=(1, 2, 3), keepdim=True))
-    rescale = torch.exp(running_maximum - maximum)
-    exponentials = torch.exp(logits - half_square - maximum)
-    summary = summary * rescale + exponentials.transpose(-1, -2) @ value.float()
-    return maximum, summary, total * rescale[..., 0] + exponentials.sum(dim=2)
-
-
-def _read_summary(query: Tensor, summary: Tensor, total: Tensor, projection: Tensor) -> Tensor:
-    logits, half_square = _project(query, projection)
-    features = torch.exp(logits - half_square - logits.amax(dim=-1, keepdim=True)) + FEATURE_EPSILON
-    return (features @ summary) / (features @ total[..., None])
-
-
-def _run_chunk(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Call `function`, keeping only its inputs for the backward pass."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return function(*tensors)

@@ -175,6 +175,8 @@ class ScFoundationForPreTraining(ScFoundationPreTrainedModel):
         masked_ids: Tensor | None = None,
         target_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
+        decoder_weights: Tensor | None = None,
         output_gene_embeddings: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ScFoundationForPreTrainingOutput:
@@ -188,21 +190,39 @@ class ScFoundationForPreTraining(ScFoundationPreTrainedModel):
             target_ids: `(B, M)` positions whose value is wanted, padded with the padding id; left out: all
                 genes.
             labels: float32 of the shape of `target_ids`, or `(B, G)` without; -100 where there is none.
+            decoder_ids: `(B, P)` rising: show the decoder these positions only, all visible, hidden and target
+                ones among them; the RDA collator draws them. Predictions then approximate those from all.
+            decoder_weights: float32 `(B, P)` how often each of them counts as a key.
             output_gene_embeddings: return the decoder's vector of every gene.
             num_items_in_batch: divisor of the loss, when it is a part of a larger batch.
             cu_seq_lens_q: `(B + 1,)` borders of the cells, only for a packed batch.
+        Raises: ValueError: if `decoder_ids` come without `target_ids`, or with `output_gene_embeddings`.
         """
+        if decoder_ids is not None and (target_ids is None or output_gene_embeddings):
+            raise ValueError(
+                "decoder_ids shows the decoder a part of the genes, so it cannot predict or embed all of them: "
+                "give target_ids and leave output_gene_embeddings, or leave decoder_ids."
+            )
         encoded = self.scfoundation(input_ids, values, attention_mask, **kwargs)
         if attention_mask is not None:  # what the mask hides from the encoder must not reach a gene of the decoder
             input_ids = input_ids.masked_fill(attention_mask == 0, self.config.num_positions)
-        decoded = self._decode(encoded.last_hidden_state, input_ids, masked_ids, kwargs.get("cu_seq_lens_q"))
-        gene_embeddings = None
-        if output_gene_embeddings or target_ids is None:
-            gene_embeddings = self.gene_norm(decoded[:, : self.config.num_genes])
-        if target_ids is None:
-            predicted_values = self.prediction_head(gene_embeddings).squeeze(-1)
-        else:
-            predicted_values = self._predict(decoded, target_ids)
+        every_gene = output_gene_embeddings or target_ids is None
+        decoded = self._decode(
+            encoded.last_hidden_state,
+            input_ids,
+            masked_ids,
+            kwargs.get("cu_seq_lens_q"),
+            target_ids=None if every_gene else target_ids,
+            decoder_ids=decoder_ids,
+            decoder_weights=decoder_weights,
+        )
+        gene_embeddings = self.gene_norm(decoded[:, : self.config.num_genes] if every_gene else decoded)
+        predicted_values = self.prediction_head(gene_embeddings).squeeze(-1)
+        if target_ids is not None:
+            is_padding = target_ids.eq(self.config.num_positions)
+            if every_gene:
+                predicted_values = predicted_values.gather(1, target_ids.masked_fill(is_padding, 0))
+            predicted_values = predicted_values.masked_fill(is_padding, 0)
         loss = None
         if labels is not None:
             loss = masked_mean_squared_error(
@@ -218,35 +238,51 @@ class ScFoundationForPreTraining(ScFoundationPreTrainedModel):
         )
 
     def _decode(
-        self, encoder_states: Tensor, input_ids: Tensor, masked_ids: Tensor | None, cu_seq_lens: Tensor | None
+        self,
+        encoder_states: Tensor,
+        input_ids: Tensor,
+        masked_ids: Tensor | None,
+        cu_seq_lens: Tensor | None,
+        *,
+        target_ids: Tensor | None,
+        decoder_ids: Tensor | None,
+        decoder_weights: Tensor | None,
     ) -> Tensor:
-        """Decoder states of all positions, `(B, G + 2, E)`."""
+        """Decoder states of all positions, `(B, G + 2, E)`, or of the targets, `(B, M, E)`."""
         embeddings = self.scfoundation.embeddings
-        num_cells = len(input_ids) if cu_seq_lens is None else len(cu_seq_lens) - 1
-        if cu_seq_lens is None:
-            cells = torch.arange(num_cells, device=input_ids.device)[:, None].expand_as(input_ids)
-        else:
-            cells = cell_of_token(cu_seq_lens, input_ids.shape[1])
-        every_id = torch.arange(self.config.vocab_size, device=input_ids.device)[None]
+        padding_id = self.config.num_positions
+        every_id = torch.arange(self.config.num_positions, device=input_ids.device)[None]
         # The identity enters encoded tokens a second time here; the pretrained weights rely on it.
-        visible_states = encoder_states + embeddings.identity_embedding(input_ids)
+        placed_states = encoder_states + embeddings.identity_embedding(input_ids)
+        placed_ids = input_ids
+        if cu_seq_lens is not None:
+            placed_states, placed_ids = _unpack(placed_states, input_ids, cu_seq_lens, padding_id=padding_id)
+        if masked_ids is not None:
+            is_hidden = torch.zeros(len(placed_ids), padding_id + 1, dtype=torch.bool, device=input_ids.device)
+            is_hidden = is_hidden.scatter(1, masked_ids, True)
+            placed_ids = placed_ids.masked_fill(is_hidden.gather(1, placed_ids), padding_id)
+            placed_states = torch.cat([placed_states, embeddings(masked_ids, None)], dim=1)
+            placed_ids = torch.cat([placed_ids, masked_ids], dim=1)
+        if target_ids is not None:
+            target_ids = target_ids.masked_fill(target_ids.eq(padding_id), 0)
         return self.decoder(
-            zero_states=embeddings(every_id, torch.zeros(1, 1, device=input_ids.device)),
-            visible_states=visible_states.flatten(0, 1),
-            visible_cells=cells.flatten(),
-            visible_ids=input_ids.flatten(),
-            masked_states=None if masked_ids is None else embeddings(masked_ids, None),
-            masked_ids=masked_ids,
-            num_cells=num_cells,
+            zero_states=embeddings(every_id, torch.zeros(1, 1, device=input_ids.device))[0],
+            placed_states=placed_states,
+            placed_ids=placed_ids,
+            target_ids=target_ids,
+            decoder_ids=decoder_ids,
+            decoder_weights=decoder_weights,
         )
 
-    def _predict(self, decoded: Tensor, target_ids: Tensor) -> Tensor:
-        """Predicted values at the targets, `(B, M)`, 0 at padding."""
-        is_padding = target_ids.eq(self.config.num_positions)
-        # Gathered before norm and head, so that few targets cost little.
-        positions = target_ids.masked_fill(is_padding, 0)[..., None].expand(-1, -1, decoded.shape[-1])
-        predicted = self.prediction_head(self.gene_norm(decoded.gather(1, positions))).squeeze(-1)
-        return predicted.masked_fill(is_padding, 0)
+
+def _unpack(states: Tensor, input_ids: Tensor, cu_seq_lens: Tensor, *, padding_id: int) -> tuple[Tensor, Tensor]:
+    """Packed tokens `(1, L, D)` and `(1, L)` with one row a cell: `(B, N, D)` and `(B, N)`, padded."""
+    cells = cell_of_token(cu_seq_lens, input_ids.shape[1])
+    slots = torch.arange(input_ids.shape[1], device=input_ids.device) - cu_seq_lens.long()[cells]
+    shape = (len(cu_seq_lens) - 1, int(cu_seq_lens.diff().max()))
+    padded_states = states.new_zeros((*shape, states.shape[-1])).index_put((cells, slots), states[0])
+    padded_ids = input_ids.new_full(shape, padding_id).index_put((cells, slots), input_ids[0])
+    return padded_states, padded_ids
 
 
 __all__ = ["ScFoundationForPreTraining", "ScFoundationModel", "ScFoundationPreTrainedModel"]

@@ -7,9 +7,13 @@ from torch import Tensor
 from scfoundation_hf.modeling_scfoundation import linear_attention
 from scfoundation_hf.modeling_scfoundation.linear_attention import (
     FEATURE_EPSILON,
+    attend_shared_queries,
+    chunk_size_for,
     draw_orthogonal_projection,
     favor_attention,
     streaming_favor_attention,
+    summarise_keys,
+    with_ones,
 )
 
 CELLS, HEADS, POSITIONS, HEAD_DIM, FEATURES = 3, 2, 50, 8, 20
@@ -65,11 +69,36 @@ def test_a_large_key_in_any_chunk(inputs, largest_at):
 def test_streaming_gradients_equal_the_plain_ones(inputs):
     gradients = []
     for attention in (favor_attention, lambda *args: streaming_favor_attention(*args, chunk_size=7)):
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        attention(*leaves).square().sum().backward()
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+        attention(*leaves, inputs[3]).square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     for plain, streamed in zip(*gradients, strict=True):
         torch.testing.assert_close(streamed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_keys_count_them_so_often(inputs):
+    query, key, value, projection = inputs
+    weights = torch.ones(CELLS, POSITIONS)
+    weights[:, :10] = 2
+    repeated_key, repeated_value = (torch.cat([states, states[:, :, :10]], dim=2) for states in (key, value))
+    expected = favor_attention(query, repeated_key, repeated_value, projection)
+    for attention in (favor_attention, streaming_favor_attention):
+        torch.testing.assert_close(attention(*inputs, key_weights=weights), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_queries_are_read_as_each_cell_s_own(inputs):
+    query, key, value, projection = inputs
+    summary = summarise_keys(key, with_ones(value), projection)
+    shared = attend_shared_queries(query[0], summary, projection, chunk_size=7)
+    expected = favor_attention(query[:1].expand_as(query), key, value, projection).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_follow_the_device():
+    on_cpu = chunk_size_for(8, 266, torch.device("cpu"))
+    assert on_cpu * 8 * 266 <= linear_attention.CPU_FEATURE_BUDGET
+    assert chunk_size_for(8, 266, torch.device("cuda")) > on_cpu
+    assert chunk_size_for(10_000, 10_000, torch.device("cpu")) == 32
 
 
 def test_a_cell_does_not_depend_on_the_others(inputs):
@@ -89,18 +118,22 @@ def test_epsilon_is_no_rounding_term(inputs, monkeypatch):
 
 
 def test_no_feature_map_of_all_positions_is_held(inputs, monkeypatch):
-    largest = []
-    project = linear_attention._project
+    sizes = []
+    project = linear_attention._project_scaled
 
-    def watch(states: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-        logits, half_square = project(states, projection)
-        largest.append(logits.shape[2])
-        return logits, half_square
+    def watch(scaled: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(scaled[..., 0].numel())
+        return project(scaled, projection)
 
-    monkeypatch.setattr(linear_attention, "_project", watch)
-    streaming_favor_attention(*inputs, chunk_size=7)
-    assert max(largest) == 7
-    assert sum(largest) == 2 * POSITIONS  # every query and every key once
+    monkeypatch.setattr(linear_attention, "_project_scaled", watch)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    attended = streaming_favor_attention(*leaves, inputs[3], chunk_size=7)
+    positions = CELLS * HEADS * POSITIONS
+    assert max(sizes) == CELLS * HEADS * 7
+    assert sum(sizes) == 2 * positions + CELLS * HEADS  # every query and key once, the winning keys again
+    attended.sum().backward()
+    assert max(sizes) == CELLS * HEADS * 7
+    assert sum(sizes) == 4 * positions + CELLS * HEADS
 
 
 def test_features_are_float32_for_half_precision_inputs(inputs):

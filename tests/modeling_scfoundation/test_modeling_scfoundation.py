@@ -229,6 +229,46 @@ def test_labels_must_have_the_shape_of_the_targets(pretraining_model, cells, pad
         pretraining_model(**pad(cells), target_ids=hidden["target_ids"], labels=hidden["labels"][:, :2])
 
 
+def test_predictions_at_targets_equal_those_of_all_genes(pretraining_model, cells, pad, hidden):
+    """Asked for few genes, the last layer computes only those."""
+    targets = hidden["target_ids"][:, :2].where(hidden["target_ids"][:, :2] < 60, 5)
+    with torch.no_grad():
+        few = pretraining_model(**pad(cells), masked_ids=hidden["masked_ids"], target_ids=targets).predicted_values
+        every = pretraining_model(**pad(cells), masked_ids=hidden["masked_ids"]).predicted_values
+    torch.testing.assert_close(few, every.gather(1, targets), **TOLERANCE)
+
+
+def test_hiding_a_visible_gene_shows_it_hidden(pretraining_model, cells, pad, small_config):
+    """The encoder has seen its value, the decoder sees the mask embedding, in a batch as alone."""
+    batch = pad(cells)
+    masked = batch["input_ids"][:, :1]
+    with torch.no_grad():
+        together = pretraining_model(**batch, masked_ids=masked).predicted_values
+        assert not torch.allclose(together, pretraining_model(**batch).predicted_values, atol=1e-4)
+        for row, cell in enumerate(cells):
+            alone = pretraining_model(**pad([cell]), masked_ids=masked[row : row + 1]).predicted_values
+            torch.testing.assert_close(together[row], alone[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_decoder_shown_every_position_by_name(pretraining_model, cells, pad, pack, hidden, small_config, layout):
+    batch = {**(pad(cells) if layout == "padded" else pack(cells)), **hidden}
+    every_id = torch.arange(small_config.num_positions).repeat(4, 1)
+    expected = gradients(pretraining_model, batch)
+    shown = gradients(
+        pretraining_model, batch | {"decoder_ids": every_id, "decoder_weights": torch.ones(every_id.shape)}
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(shown[name], gradient, msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("request_all", [{"target_ids": None, "labels": None}, {"output_gene_embeddings": True}])
+def test_a_decoder_shown_a_part_cannot_answer_for_all(pretraining_model, cells, pad, hidden, small_config, request_all):
+    every_id = torch.arange(small_config.num_positions).repeat(4, 1)
+    with pytest.raises(ValueError, match="give target_ids and leave output_gene_embeddings"):
+        pretraining_model(**pad(cells), **(hidden | request_all), decoder_ids=every_id)
+
+
 # --- Outputs -------------------------------------------------------------------------------------------------------
 
 

@@ -238,7 +238,7 @@ def test_masked_loss_and_gradients(pretraining_models, masked_batch, inputs, ref
             assert float(ours[name].norm()) == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
 
 
-def with_constant_stabiliser(query: Tensor, key: Tensor, value: Tensor, projection: Tensor) -> Tensor:
+def with_constant_stabiliser(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **_: None) -> Tensor:
     """`favor_attention`, but no gradient flows through the key stabiliser G."""
 
     def project(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +260,7 @@ def test_gradients_flow_through_the_key_stabiliser(
 ):
     """G is no mere shift that cancels: beside the constant 1e-4 it scales the answer, so its gradient counts."""
     monkeypatch.setattr(decoder_module, "streaming_favor_attention", attention)
+    monkeypatch.setattr(decoder_module, "LARGEST_SUBTRACTED_LOGIT", -torch.inf)  # the first layer too
     model = pretraining_models["gene"]
     loss = loss_of(model, masked_batch, inputs)
     assert loss.item() == pytest.approx(1.3034823, rel=1e-6)
