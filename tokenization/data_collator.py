@@ -1,18 +1,24 @@
-"""One-cell rows -> the batch a model takes, padded or packed (the two forms of the batch contract).
+"""Cells -> the batch a model takes, padded or packed (the two forms of the batch contract).
 
-The tokenizer and both collators build their batches here, from `EncodedCells`: the tokens of many cells end
-to end.
+The tokenizer and all collators build their batches here, from `EncodedCells`: the tokens of many cells end to end. For
+pretraining, `RawCells` are tokenised on the way, by `read_depth_aware.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from transformers import PreTrainedTokenizerBase
 
+from .read_depth import first_entry, first_non_integer, without_stored_zeros
+from .read_depth_aware import CellGenerators, ReadDepthAwareRecipe, check_seed, draw_decoder_positions, mask_cells
+
 ReturnTensors = Literal["pt", "np"]
+Layout = Literal["packed", "padded"]
+IGNORED_LABEL = -100.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,116 @@ class EncodedCells:
         return cls(np.concatenate(input_ids), np.concatenate(values), offsets, np.arange(len(rows)))
 
 
+@dataclass(frozen=True)
+class RawCells:
+    """The counts of several cells end to end, not yet tokenised.
+
+    Attributes:
+        cell_ids: `(cells,)` strings or integers, different for different cells: the draws of a cell depend on it.
+        gene_ids: `(entries,)` integer gene ids, rising within a cell.
+        counts: `(entries,)` nonzero counts, or TPM or FPKM, of any numeric dtype.
+        offsets: `(cells + 1,)` int64 where each cell begins.
+        epochs: `(cells,)` which time each cell is shown, or one number for all.
+    Raises: ValueError: if the lengths do not fit each other.
+    """
+
+    cell_ids: Sequence[Any] | np.ndarray
+    gene_ids: np.ndarray
+    counts: np.ndarray
+    offsets: np.ndarray
+    epochs: np.ndarray | int = 0
+
+    def __post_init__(self) -> None:
+        if self.gene_ids.dtype.kind not in "iu" or self.counts.dtype.kind not in "biuf":
+            raise ValueError(
+                f"gene_ids must be integers and counts real numbers, got {self.gene_ids.dtype} and {self.counts.dtype}."
+            )
+        num_entries, num_cells = len(self.counts), len(self.cell_ids)
+        if len(self.gene_ids) != num_entries:
+            raise ValueError(f"There are {len(self.gene_ids):,} gene_ids for {num_entries:,} counts.")
+        if len(self.offsets) != num_cells + 1 or self.offsets[0] != 0 or self.offsets[-1] != num_entries:
+            raise ValueError(
+                f"offsets must lead from 0 to the {num_entries:,} counts in {num_cells + 1} numbers for {num_cells} "
+                f"cells, got {len(self.offsets)} numbers from {self.offsets[:1]} to {self.offsets[-1:]}."
+            )
+
+    def __len__(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(cells,)` number of expressed genes of each cell."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "RawCells":
+        """Join dataset rows `{"cell_id", "gene_ids", "counts", "epoch"?}`; other columns are left aside.
+
+        Raises: ValueError: for no rows, a row without one of these, or with a different number of ids and counts.
+        """
+        if not len(rows):
+            raise ValueError("A batch needs at least one cell; there are no rows.")
+        gene_ids, counts = [], []
+        for i, row in enumerate(rows):
+            missing = [key for key in ("cell_id", "gene_ids", "counts") if key not in row]
+            if missing:
+                raise ValueError(
+                    f"Row {i} has no {missing[0]!r}, only {sorted(row)}. A raw cell has 'cell_id', 'gene_ids' and "
+                    "'counts'. (Trainer drops columns that the model's forward does not name, unless "
+                    "remove_unused_columns=False.)"
+                )
+            gene_ids.append(np.asarray(row["gene_ids"]))
+            counts.append(np.asarray(row["counts"]))
+            if gene_ids[-1].ndim != 1 or gene_ids[-1].shape != counts[-1].shape or not gene_ids[-1].size:
+                raise ValueError(
+                    f"Row {i}: 'gene_ids' has shape {gene_ids[-1].shape} and 'counts' {counts[-1].shape}; a cell has "
+                    "one count for each gene id, in one dimension, and at least one."
+                )
+        return cls(
+            cell_ids=[row["cell_id"] for row in rows],
+            gene_ids=np.concatenate(gene_ids),
+            counts=np.concatenate(counts),
+            offsets=np.concatenate([[0], np.cumsum([len(ids) for ids in gene_ids])]),
+            epochs=np.array([row.get("epoch", 0) for row in rows]),
+        )
+
+    @classmethod
+    def from_csr(
+        cls, counts: csr_matrix, *, cell_ids: Sequence[Any] | np.ndarray, epochs: np.ndarray | int = 0
+    ) -> "RawCells":
+        """The rows of a `(cells, genes)` matrix whose columns are the vocabulary's genes (`GeneVocabulary.align`)."""
+        counts = without_stored_zeros(counts)
+        if not counts.has_sorted_indices:
+            counts = counts.sorted_indices()
+        return cls(cell_ids, counts.indices, counts.data, counts.indptr.astype(np.int64), epochs)
+
+    def to_csr(self, num_genes: int) -> csr_matrix:
+        """The cells as a `(cells, num_genes)` matrix.
+
+        Raises: ValueError: naming cell and gene, for a cell without counts, ids that do not rise or are no genes,
+            and counts that are negative, zero or not finite.
+        """
+        if (self.lengths < 1).any():
+            cell = int(np.argmax(self.lengths < 1))
+            raise ValueError(f"Cell {self.cell_ids[cell]!r} has no counts: leave it out.")
+        matrix = csr_matrix((self.counts, self.gene_ids, self.offsets), shape=(len(self), num_genes), copy=False)
+        follows = np.ones(len(self.gene_ids), dtype=bool)
+        follows[1:] = self.gene_ids[1:] > self.gene_ids[:-1]
+        follows[self.offsets[:-1]] = True
+        for offends, message in (
+            ((self.gene_ids < 0) | (self.gene_ids >= num_genes), f"is none of the {num_genes:,} genes"),
+            (~follows, "is not above the id before it; ids rise within a cell, each gene once"),
+            (~(self.counts > 0) | ~np.isfinite(self.counts), "has the count {value:g}; counts are above 0 and finite"),
+        ):
+            entry = first_entry(matrix, offends)
+            if entry is not None:
+                raise ValueError(
+                    f"Cell {self.cell_ids[entry.row]!r}: gene id {entry.column} {message.format(value=entry.value)}."
+                )
+        return matrix
+
+
 def pad_cells(
     cells: EncodedCells,
     *,
@@ -118,12 +234,11 @@ def pad_cells(
         length = max_length
     if pad_to_multiple_of is not None:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-    is_real = np.arange(length) < lengths[:, None]  # row-major order is the order of the tokens
-    input_ids = np.full(is_real.shape, pad_token_id, dtype=np.int64)
-    values = np.zeros(is_real.shape, dtype=np.float32)
-    input_ids[is_real] = cells.input_ids
-    values[is_real] = cells.values
-    return {"input_ids": input_ids, "values": values, "attention_mask": is_real.astype(np.int64)}
+    return {
+        "input_ids": _pad(cells.input_ids, lengths, pad_token_id, length=length),
+        "values": _pad(cells.values, lengths, 0, length=length),
+        "attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64),
+    }
 
 
 def pack_cells(cells: EncodedCells) -> dict[str, Any]:
@@ -201,6 +316,85 @@ class ScFoundationPackedDataCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The packed batch of these rows."""
         return as_tensors(pack_cells(EncodedCells.from_rows(rows)) | collect_labels(rows), self.return_tensors)
+
+
+@dataclass
+class ScFoundationReadDepthAwareCollator:
+    """Makes the batches of read-depth-aware pretraining: down-samples cells, hides genes, gives the labels.
+
+    What is drawn for a cell depends on the seed, its epoch and its `cell_id` and on nothing else: not on the other
+    cells of the batch, their order, the layout, or the process that draws.
+
+    Args:
+        tokenizer: gives the ids of T, S and padding.
+        recipe: a recipe or its name, "released" or "paper".
+        seed: of all draws.
+        layout: "packed" or "padded", the two forms of the batch.
+        decoder_positions: show the decoder all visible and hidden genes and only so many of the others that it sees
+            this number of positions: adds `decoder_ids` and `decoder_weights`. Left out: it sees all positions.
+    Raises: ValueError: for settings out of range; when called, for cells that are none, naming cell and gene.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    recipe: ReadDepthAwareRecipe | str = "released"
+    seed: int = 0
+    layout: Layout = "packed"
+    decoder_positions: int | None = None
+    return_tensors: ReturnTensors = "pt"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recipe, str):
+            self.recipe = ReadDepthAwareRecipe.from_name(self.recipe)
+        check_seed(self.seed)
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"layout must be 'packed' or 'padded', got {self.layout!r}.")
+        if self.decoder_positions is not None and self.decoder_positions < 1:
+            raise ValueError(f"decoder_positions must be at least 1, or left out, got {self.decoder_positions}.")
+
+    def __call__(self, cells: RawCells | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of these cells, `RawCells` or rows `{"cell_id", "gene_ids", "counts", "epoch"?}`."""
+        assert isinstance(self.recipe, ReadDepthAwareRecipe)  # names were replaced above
+        if not isinstance(cells, RawCells):
+            cells = RawCells.from_rows(cells)
+        num_genes = self.tokenizer.target_depth_token_id  # the first id behind the genes
+        counts = cells.to_csr(num_genes)
+        if self.recipe.down_sampling_probability > 0:
+            _check_integers(counts, cells)
+        generators = CellGenerators(seed=self.seed, cell_ids=cells.cell_ids, epochs=cells.epochs)
+        masked = mask_cells(counts, recipe=self.recipe, generators=generators)
+        encoded = EncodedCells(masked.input_ids, masked.values, masked.offsets, np.arange(len(masked)))
+        pad_token_id = self.tokenizer.pad_token_id
+        batch = pack_cells(encoded) if self.layout == "packed" else pad_cells(encoded, pad_token_id=pad_token_id)
+        num_masked = np.add.reduceat(masked.is_masked, masked.target_offsets[:-1], dtype=np.int64)
+        num_targets = np.diff(masked.target_offsets)
+        batch |= {
+            "masked_ids": _pad(masked.target_ids[masked.is_masked], num_masked, pad_token_id),
+            "target_ids": _pad(masked.target_ids, num_targets, pad_token_id),
+            "labels": _pad(masked.labels, num_targets, IGNORED_LABEL),
+        }
+        if self.decoder_positions is not None:
+            batch["decoder_ids"], batch["decoder_weights"] = draw_decoder_positions(
+                masked, num_genes=num_genes, num_positions=self.decoder_positions, generators=generators
+            )
+        return as_tensors(batch, self.return_tensors)
+
+
+def _check_integers(counts: csr_matrix, cells: RawCells) -> None:
+    entry = first_non_integer(counts)
+    if entry is not None:
+        raise ValueError(
+            f"Cell {cells.cell_ids[entry.row]!r} holds {entry.value:g} at gene id {entry.column}, which is no count; "
+            "down-sampling needs whole counts. For TPM or FPKM switch it off: "
+            "ReadDepthAwareRecipe.from_name('released', down_sampling_probability=0)."
+        )
+
+
+def _pad(tokens: np.ndarray, lengths: np.ndarray, fill: float, *, length: int | None = None) -> np.ndarray:
+    """`(cells, length)`: what lies end to end, one row a cell, filled on the right."""
+    is_real = np.arange(lengths.max() if length is None else length) < lengths[:, None]
+    padded = np.full(is_real.shape, fill, dtype=tokens.dtype)
+    padded[is_real] = tokens  # row-major order is the order of the tokens
+    return padded
 
 
 def _check_not_empty(cells: EncodedCells) -> None:

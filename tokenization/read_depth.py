@@ -148,6 +148,22 @@ def log10_target_depth(
     return log10_source_depth(totals) + (0.0 if depth_fold is None else np.log10(depth_fold))
 
 
+# --- Shallower cells ---
+
+
+def down_sample(counts: np.ndarray, *, rate: float, generator: np.random.Generator) -> np.ndarray:
+    """One cell as a shallower sequencing run would have read it: each count ~ Binomial(count, rate).
+
+    Args:
+        counts: `(genes,)` integers.
+        rate: chance of each count to be kept.
+    Returns: `(genes,)` int64; the counts unchanged if none would be left.
+    Source: paper, Supplementary Note 9.
+    """
+    left = generator.binomial(counts, rate)
+    return left if left.any() else counts
+
+
 # --- Counts from normalised values ---
 
 

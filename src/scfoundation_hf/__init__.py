@@ -20,10 +20,13 @@ from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationT
 if TYPE_CHECKING:
     from scfoundation_hf.inference.embedding import embed
     from scfoundation_hf.tokenization.data_collator import (
+        RawCells,
         ScFoundationDataCollator,
         ScFoundationPackedDataCollator,
+        ScFoundationReadDepthAwareCollator,
     )
     from scfoundation_hf.tokenization.gene_vocabulary import AlignmentReport, GeneVocabulary
+    from scfoundation_hf.tokenization.read_depth_aware import ReadDepthAwareRecipe
     from scfoundation_hf.tokenization.tokenization_scfoundation import as_dataset
     from scfoundation_hf.trainer_scripts.convert_checkpoint import convert_checkpoint
 
@@ -32,8 +35,11 @@ __version__ = _version("scfoundation-hf")
 _LAZY = {
     "AlignmentReport": "scfoundation_hf.tokenization.gene_vocabulary",
     "GeneVocabulary": "scfoundation_hf.tokenization.gene_vocabulary",
+    "RawCells": "scfoundation_hf.tokenization.data_collator",
+    "ReadDepthAwareRecipe": "scfoundation_hf.tokenization.read_depth_aware",
     "ScFoundationDataCollator": "scfoundation_hf.tokenization.data_collator",
     "ScFoundationPackedDataCollator": "scfoundation_hf.tokenization.data_collator",
+    "ScFoundationReadDepthAwareCollator": "scfoundation_hf.tokenization.data_collator",
     "as_dataset": "scfoundation_hf.tokenization.tokenization_scfoundation",
     "convert_checkpoint": "scfoundation_hf.trainer_scripts.convert_checkpoint",
     "embed": "scfoundation_hf.inference.embedding",
@@ -42,11 +48,14 @@ _LAZY = {
 __all__ = [
     "AlignmentReport",
     "GeneVocabulary",
+    "RawCells",
+    "ReadDepthAwareRecipe",
     "ScFoundationConfig",
     "ScFoundationDataCollator",
     "ScFoundationForPreTraining",
     "ScFoundationModel",
     "ScFoundationPackedDataCollator",
+    "ScFoundationReadDepthAwareCollator",
     "ScFoundationTokenizer",
     "__version__",
     "as_dataset",

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from transformers import DataCollatorWithPadding
 
 from scfoundation_hf.tokenization.data_collator import (
     EncodedCells,
+    RawCells,
     ScFoundationDataCollator,
     ScFoundationPackedDataCollator,
     pack_cells,
@@ -179,3 +181,88 @@ def test_labels_that_are_no_numbers(tokenizer):
 def test_unknown_return_tensors():
     with pytest.raises(ValueError, match="'pt' or 'np', got 'tf'"):
         ScFoundationPackedDataCollator(return_tensors="tf")(rows_of(2))
+
+
+# --- Cells that are not tokenised yet ---
+
+
+def raw_rows() -> list[dict]:
+    return [
+        {"cell_id": "a", "gene_ids": [3, 9], "counts": [1, 2], "source": "blood.h5ad"},
+        {"cell_id": "b", "gene_ids": [0], "counts": [4.0], "epoch": 2},
+    ]
+
+
+def test_raw_cells_from_rows():
+    cells = RawCells.from_rows(raw_rows())
+    assert len(cells) == 2
+    assert cells.lengths.tolist() == [2, 1]
+    assert cells.cell_ids == ["a", "b"]
+    assert cells.epochs.tolist() == [0, 2]
+    assert cells.to_csr(10).toarray().tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 2], [4] + [0] * 9]
+
+
+def test_raw_cells_from_a_matrix():
+    matrix = csr_matrix(([2, 1, 0, 4], [9, 3, 5, 0], [0, 3, 4]), shape=(2, 10))  # unsorted, with a stored zero
+    cells = RawCells.from_csr(matrix, cell_ids=["a", "b"], epochs=3)
+    assert cells.gene_ids.tolist() == [3, 9, 0]
+    assert cells.counts.tolist() == [1, 2, 4]
+    assert cells.offsets.tolist() == [0, 2, 3]
+    assert cells.epochs == 3
+    assert (cells.to_csr(10) != matrix).nnz == 0
+    assert matrix.indices.tolist() == [9, 3, 5, 0], "the given matrix stays"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"cell_id": "c", "gene_ids": [1]}, r"Row 2 has no 'counts', only \['cell_id', 'gene_ids'\]"),
+        ({"gene_ids": [1], "counts": [1]}, "Row 2 has no 'cell_id'"),
+        ({"cell_id": "c", "gene_ids": [1, 2], "counts": [1]}, r"shape \(2,\) and 'counts' \(1,\)"),
+        ({"cell_id": "c", "gene_ids": [], "counts": []}, r"Row 2: 'gene_ids' has shape \(0,\).*at least one"),
+    ],
+)
+def test_rows_that_are_no_raw_cells(row, message):
+    with pytest.raises(ValueError, match=message):
+        RawCells.from_rows([*raw_rows(), row])
+
+
+def test_no_raw_rows():
+    with pytest.raises(ValueError, match="at least one cell"):
+        RawCells.from_rows([])
+
+
+@pytest.mark.parametrize(
+    ("gene_ids", "counts", "offsets", "message"),
+    [
+        ([1, 2], [1], [0, 1], "There are 2 gene_ids for 1 counts"),
+        ([1, 2], [1, 1], [0, 1], r"offsets must lead from 0 to the 2 counts in 2 numbers for 1 cells"),
+        ([1, 2], [1, 1], [0, 1, 2], "got 3 numbers from"),
+        ([1.0, 2.0], [1, 1], [0, 2], "gene_ids must be integers and counts real numbers, got float64 and int64"),
+        ([1, 2], ["1", "1"], [0, 2], "got int64 and <U1"),
+    ],
+)
+def test_raw_cells_that_do_not_fit(gene_ids, counts, offsets, message):
+    with pytest.raises(ValueError, match=message):
+        RawCells(["a"], np.array(gene_ids), np.array(counts), np.array(offsets))
+
+
+@pytest.mark.parametrize(
+    ("gene_ids", "counts", "message"),
+    [
+        ([1, 10], [1, 1], "Cell 'b': gene id 10 is none of the 10 genes"),
+        ([-1, 2], [1, 1], "Cell 'b': gene id -1 is none of the 10 genes"),
+        ([5, 4], [1, 1], "Cell 'b': gene id 4 is not above the id before it"),
+        ([5, 5], [1, 1], "Cell 'b': gene id 5 is not above the id before it"),
+        ([4, 5], [1, -2], "Cell 'b': gene id 5 has the count -2"),
+        ([4, 5], [0, 1], "Cell 'b': gene id 4 has the count 0"),
+        ([4, 5], [np.nan, 1], "Cell 'b': gene id 4 has the count nan"),
+        ([4, 5], [1, np.inf], "Cell 'b': gene id 5 has the count inf"),
+        ([], [], "Cell 'b' has no counts: leave it out"),
+    ],
+)
+def test_raw_cells_of_wrong_genes_or_counts(gene_ids, counts, message):
+    offsets = np.array([0, 1, 1 + len(gene_ids)])
+    cells = RawCells(["a", "b"], np.array([7, *gene_ids]), np.array([1, *counts]), offsets)
+    with pytest.raises(ValueError, match=message):
+        cells.to_csr(10)

@@ -6,6 +6,7 @@ from scfoundation_hf.tokenization.read_depth import (
     MAX_RECOVERY_RESIDUE,
     Entry,
     are_logged,
+    down_sample,
     first_infinite,
     first_nan,
     first_negative,
@@ -115,6 +116,20 @@ def test_depths():
     np.testing.assert_array_equal(log10_target_depth(totals, target_depth=10_000), [4, np.nan, 4])
     np.testing.assert_allclose(log10_target_depth(totals, depth_fold=1e5), [5, np.nan, np.log10(5e8)])
     np.testing.assert_array_equal(log10_target_depth(totals), log10_source_depth(totals))
+
+
+def test_down_sampling_keeps_a_share_of_the_counts_and_never_adds_any():
+    counts = poisson_counts().data
+    left = down_sample(counts, rate=0.2, generator=np.random.default_rng(1))
+    assert left.dtype == np.int64
+    assert (left <= counts).all()
+    assert left.sum() == pytest.approx(0.2 * counts.sum(), rel=0.1)
+    np.testing.assert_array_equal(down_sample(counts, rate=1, generator=np.random.default_rng(1)), counts)
+
+
+def test_down_sampling_that_leaves_nothing_leaves_the_cell_unchanged():
+    counts = np.array([2, 1])
+    np.testing.assert_array_equal(down_sample(counts, rate=0, generator=np.random.default_rng(1)), counts)
 
 
 @pytest.mark.parametrize("is_logged", [True, False], ids=["log1p", "scaled"])
