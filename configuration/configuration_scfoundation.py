@@ -5,13 +5,21 @@ Imports nothing of this package, so that the tokenizer and the model can share i
 
 import json
 import math
-from importlib import resources
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 PRESETS = ("3m", "10m", "100m")
+# What transformers puts into any config without declaring it as a field.
+UNDECLARED_FIELDS = ("attn_implementation", "auto_map", "quantization_config", "tie_word_embeddings", "torch_dtype")
+
+ClassificationLoss = Literal["cross_entropy", "weighted_cross_entropy", "focal"]
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -19,7 +27,7 @@ class ScFoundationConfig(PreTrainedConfig):
     """Configuration of the scFoundation encoder and decoder; the defaults are the released 100M model.
 
     `from_preset` gives the named sizes. "100m" is the released checkpoint (119.3 million parameters, 104.5 of
-    them outside the gene table); "10m" (9.8) and "3m" (3.7) are ours, as the paper's are unpublished.
+    them outside the gene table); "10m" (9.8) and "3m" (3.0) are ours, as the paper's are unpublished.
 
     Args:
         num_genes: genes of the vocabulary. Ids `0 .. num_genes - 1` are genes, then come T (target depth), S
@@ -46,6 +54,12 @@ class ScFoundationConfig(PreTrainedConfig):
         embedding_initializer_range: standard deviation of freshly drawn tables (genes, bins, mask) and of the
             first layer of the value embedding; 1, as the original's tables are drawn.
         pad_token_id: id of padding; always `num_genes + 2`.
+        classifier_pooling: what the classification head sees of a cell: "max" over all tokens, as the released
+            fine-tuning script, or "all", the four concatenated pools [S, T, max, mean over genes].
+        classifier_hidden_size: width of the classification head's hidden layer.
+        classification_loss: "cross_entropy", "weighted_cross_entropy" (needs `class_weights`) or "focal".
+        class_weights: one weight for each class, in the order of `id2label`; only their ratios count.
+        focal_gamma: how much the focal loss takes from cells that are sure and right.
 
     Raises: ValueError: for sizes that do not fit each other, naming both.
     Source: the config inside the released `models.ckpt`, key by key in
@@ -75,6 +89,11 @@ class ScFoundationConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     embedding_initializer_range: float = 1.0
     pad_token_id: int | None = None
+    classifier_pooling: Literal["all", "max"] = "max"
+    classifier_hidden_size: int = 256
+    classification_loss: ClassificationLoss = "cross_entropy"
+    class_weights: list[float | int] | None = None
+    focal_gamma: float | int = 2.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields, then check them."""
@@ -84,7 +103,14 @@ class ScFoundationConfig(PreTrainedConfig):
         if self.pad_token_id is None:
             self.pad_token_id = self.num_genes + 2
         self.validate_sizes()  # `strict` would too, and again before saving, but wraps the ValueError
+        unknown = [name for name in kwargs if not (hasattr(type(self), name) or name in UNDECLARED_FIELDS)]
+        if unknown:
+            logger.warning_once(
+                f"The scFoundation configuration has no field(s) {', '.join(sorted(unknown))}: kept, but used by "
+                "nothing. Correct the spelling, or use the version of scfoundation-hf that wrote them."
+            )
         super().__post_init__(**kwargs)
+        self.validate_classification()  # behind `super`, which counts the labels
 
     @property
     def target_depth_token_id(self) -> int:
@@ -113,13 +139,19 @@ class ScFoundationConfig(PreTrainedConfig):
         Args:
             name: "3m", "10m" or "100m", in any case.
             **overrides: fields to set differently.
-        Raises: ValueError: if there is no such preset.
+        Raises: ValueError: if there is no such preset; FileNotFoundError: where this file was copied without the
+            presets, as code on the Hub is.
         Source: 100m: the released checkpoint. The paper names 3, 10 and 100 million parameters (Fig. 2a) but
             its code gives the sizes of the last only, so the two smaller ones are ours.
         """
         if name.lower() not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-        preset = resources.files("scfoundation_hf.configuration.presets").joinpath(f"{name.lower()}.json")
+        preset = Path(__file__).with_name("presets") / f"{name.lower()}.json"
+        if not preset.is_file():
+            raise FileNotFoundError(
+                f"The preset is not at {preset}. Code loaded from the Hub comes without presets: "
+                "install scfoundation-hf."
+            )
         return cls(**{**json.loads(preset.read_text(encoding="utf-8")), **overrides})
 
     def validate_sizes(self) -> None:
@@ -137,6 +169,7 @@ class ScFoundationConfig(PreTrainedConfig):
             "decoder_num_random_features",
             "decoder_intermediate_size",
             "num_bins",
+            "classifier_hidden_size",
         )
         for field in positive:
             if getattr(self, field) < 1:
@@ -155,5 +188,39 @@ class ScFoundationConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 0 and below 1.")
 
+    def validate_classification(self) -> None:
+        """Refuse a classification loss that does not fit its weights, or weights that do not fit the labels."""
+        assert self.num_labels is not None  # 2 unless told otherwise
+        check_class_weights(self.classification_loss, self.class_weights, num_classes=self.num_labels)
+        if not (math.isfinite(self.focal_gamma) and self.focal_gamma >= 0):
+            raise ValueError(f"focal_gamma is {self.focal_gamma}; it must be a number of at least 0.")
 
-__all__ = ["PRESETS", "ScFoundationConfig"]
+
+def check_class_weights(loss: ClassificationLoss, class_weights: Sequence[float] | None, *, num_classes: int) -> None:
+    """Refuse class weights that the loss does not take or that do not fit the classes, with a ValueError."""
+    if loss not in get_args(ClassificationLoss):
+        raise ValueError(
+            f"There is no classification loss {loss!r}; choose one of {', '.join(get_args(ClassificationLoss))}."
+        )
+    if class_weights is None:
+        if loss == "weighted_cross_entropy":
+            raise ValueError(
+                "The loss 'weighted_cross_entropy' needs class_weights, one for each class; compute them from the "
+                "classes' cell counts (losses.py), or choose 'cross_entropy'."
+            )
+        return
+    if loss == "cross_entropy":
+        raise ValueError(
+            "class_weights are given, but the loss 'cross_entropy' uses none; choose 'weighted_cross_entropy' or "
+            "'focal', or leave them out."
+        )
+    if len(class_weights) != num_classes:
+        raise ValueError(
+            f"There are {len(class_weights)} class_weights for {num_classes} classes (num_labels); give one for each."
+        )
+    for index, weight in enumerate(class_weights):
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"The weight of class {index} is {weight}; class_weights must be above 0 and finite.")
+
+
+__all__ = ["PRESETS", "ClassificationLoss", "ScFoundationConfig", "check_class_weights"]

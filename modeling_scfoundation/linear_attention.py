@@ -26,7 +26,7 @@ from transformers.utils.generic import maybe_autocast
 
 FEATURE_EPSILON = 1e-4
 # Entries of a feature map held at once. A CPU is fastest while they fit its cache; a GPU wants large launches.
-CPU_FEATURE_BUDGET = 2**21
+CPU_FEATURE_BUDGET = 2**19
 ACCELERATOR_FEATURE_BUDGET = 2**27
 
 

@@ -1,9 +1,10 @@
-"""scFoundation in one screen: cells in, embeddings or predicted expression out.
+"""scFoundation in one screen: cells in, embeddings, predicted expression or cell types out.
 
 Reading order: `embeddings.py`, `encoder.py` (with `attention.py`), `pooling.py`; then `decoder.py` (with
-`linear_attention.py`) and `losses.py`. Batches are padded or packed; docs/batch-contract.md gives every key.
+`linear_attention.py`), `classification_head.py` and `losses.py`. Batches are padded or packed;
+docs/batch-contract.md gives every key.
 """
-# B cells, N tokens, G genes, M targets, D encoder width, E decoder width
+# B cells, N tokens, G genes, M targets, C cell types, D encoder width, E decoder width
 
 from dataclasses import dataclass
 from typing import Unpack
@@ -11,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import (
@@ -25,14 +26,18 @@ from transformers.utils.output_capturing import capture_outputs
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 
 from .attention import cell_of_token, prepare_attention
+from .classification_head import ScFoundationClassificationHead
 from .decoder import ScFoundationDecoder, ScFoundationLinearAttention
 from .embeddings import ScFoundationBinScores, ScFoundationEmbeddings, ScFoundationValueEmbedding
 from .encoder import ScFoundationEncoder, ScFoundationEncoderLayer, ScFoundationSelfAttention
 from .linear_attention import draw_orthogonal_projection
-from .losses import masked_mean_squared_error
-from .pooling import pool_cells, pool_packed_cells
+from .losses import cell_classification_loss, masked_mean_squared_error
+from .pooling import max_of_pooled, pool_cells, pool_packed_cells
+from .saving import SavedWithCode
 
 logger = logging.get_logger(__name__)
+
+DECODER_KEYS = (r"^decoder\.", r"^gene_norm\.", r"^prediction_head\.")  # what only ScFoundationForPreTraining reads
 
 
 @dataclass
@@ -57,7 +62,7 @@ class ScFoundationForPreTrainingOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ScFoundationPreTrainedModel(PreTrainedModel):
+class ScFoundationPreTrainedModel(SavedWithCode, PreTrainedModel):
     """What all scFoundation models share: configuration, initialisation, supported backends.
 
     The class attributes are what `PreTrainedModel` asks of its subclasses, in the form it asks for.
@@ -97,8 +102,8 @@ class ScFoundationPreTrainedModel(PreTrainedModel):
 class ScFoundationModel(ScFoundationPreTrainedModel):
     """The encoder: embeds cells from their expressed genes."""
 
-    # A folder written by ScFoundationForPreTraining holds the decoder too, which this class does not need.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^gene_norm\.", r"^prediction_head\."]  # noqa: RUF012
+    # A folder written by a model with a head holds that too, which this class does not need.
+    _keys_to_ignore_on_load_unexpected = [*DECODER_KEYS, r"^classifier\."]  # noqa: RUF012
 
     def __init__(self, config: ScFoundationConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -285,4 +290,80 @@ def _unpack(states: Tensor, input_ids: Tensor, cu_seq_lens: Tensor, *, padding_i
     return padded_states, padded_ids
 
 
-__all__ = ["ScFoundationForPreTraining", "ScFoundationModel", "ScFoundationPreTrainedModel"]
+class ScFoundationForCellClassification(ScFoundationPreTrainedModel):
+    """Encoder and classification head: names the type of each cell.
+
+    A folder written by `ScFoundationForPreTraining` or `ScFoundationModel` loads into it; only the head is new then.
+
+    Raises: ValueError: for fewer than two classes, or class weights that do not fit loss and classes.
+    """
+
+    _keys_to_ignore_on_load_unexpected = list(DECODER_KEYS)  # noqa: RUF012
+    # Batch norm divides differences by a spread that may be small beside the values: bfloat16 has too few digits.
+    _keep_in_fp32_modules_strict = ["classifier"]  # noqa: RUF012
+
+    def __init__(self, config: ScFoundationConfig) -> None:
+        super().__init__(config)
+        if config.num_labels is None or config.num_labels < 2:
+            raise ValueError(
+                f"num_labels is {config.num_labels}, but telling cell types apart takes at least 2; set num_labels or "
+                "id2label to the types to choose from."
+            )
+        config.validate_classification()  # `from_pretrained` sets fields one by one, behind the config's own check
+        self.scfoundation = ScFoundationModel(config)
+        self.classifier = ScFoundationClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Score cell types.
+
+        Args:
+            input_ids: `(B, N)` int64, expressed genes, then T, S and padding; `(1, L)` if packed.
+            values: `(B, N)` float32, log1p(CP10k) of genes, log10 counts at T and S; `(1, L)` if packed.
+            attention_mask: `(B, N)`, 1 for real tokens; left out: all but the padding id.
+            labels: `(B,)` int64, places in `config.id2label`; -100 for cells without a label.
+            num_items_in_batch: divisor of the loss, when it is a part of a larger batch.
+            cu_seq_lens_q: `(B + 1,)` borders of the cells, only for a packed batch.
+        Returns: `logits` `(B, C)`; `loss` with `labels`; hidden states and attentions on request.
+        Raises: ValueError: if a cell has no expressed gene, a label is no class, or the first training batch has one
+            cell.
+        """
+        encoded = self.scfoundation(input_ids, values, attention_mask, **kwargs)
+        logits = self.classifier(self.pool(encoded.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.compute_loss(logits, labels, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+    def pool(self, pooler_output: Tensor) -> Tensor:
+        """What `classifier` takes of the encoder's `pooler_output` `(B, 4 * D)`: all of it, or the max `(B, D)`."""
+        return pooler_output if self.config.classifier_pooling == "all" else max_of_pooled(pooler_output)
+
+    def compute_loss(self, logits: Tensor, labels: Tensor, *, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The configured loss of `(B, C)` logits and `(B,)` labels, as `cell_classification_loss` has it."""
+        return cell_classification_loss(
+            logits,
+            labels,
+            kind=self.config.classification_loss,
+            class_weights=self.config.class_weights,
+            focal_gamma=self.config.focal_gamma,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+
+__all__ = [
+    "ScFoundationForCellClassification",
+    "ScFoundationForPreTraining",
+    "ScFoundationModel",
+    "ScFoundationPreTrainedModel",
+]

@@ -25,7 +25,7 @@ def pool_cells(hidden_states: Tensor, attention_mask: Tensor, *, mode: PoolingMo
     rank_from_end = real.flip(1).cumsum(1).flip(1)  # 1 for the last real token, 2 for the one before
     is_gene = real & (rank_from_end > 2)
     _check_every_cell_has_genes(is_gene.sum(dim=1))
-    rows = torch.arange(len(real), device=real.device)
+    rows = torch.arange(real.shape[0], device=real.device)  # not len(): it would fix the number of cells in an export
     source_depth = hidden_states[rows, (real & (rank_from_end == 1)).int().argmax(dim=1)]
     target_depth = hidden_states[rows, (real & (rank_from_end == 2)).int().argmax(dim=1)]
     gene_max = hidden_states.masked_fill(~is_gene[..., None], -torch.inf).amax(dim=1)

@@ -25,7 +25,7 @@ def build(config: ScFoundationConfig) -> ScFoundationForPreTraining:
     [
         ("100m", 119_252_285 - UNUSED_PAD_VECTOR, 104_455_229 - UNUSED_PAD_VECTOR),
         ("10m", 9_774_653, 4_842_301),
-        ("3m", 3_696_445, 1_230_269),
+        ("3m", 2_995_645, 529_469),
     ],
 )
 def test_parameter_counts_of_presets(preset: str, parameters: int, without_gene_table: int):
