@@ -1,4 +1,4 @@
-"""The one place that opens AnnData: in memory, backed, or a path to .h5ad or .zarr.
+"""The one place that opens cells: an AnnData in memory or backed, or a path, .h5ad, .zarr or another format.
 
 First step of the data flow. Hands out ranges of rows of the chosen matrix as CSR, with gene and cell names,
 and reads nothing else: obsm, uns and the columns of obs and var that nobody asked for stay on disk.
@@ -19,10 +19,20 @@ from anndata.io import read_elem, sparse_dataset
 from scipy.sparse import csr_matrix, sparray, spmatrix
 
 from .matrix_reader import CHUNK_ENTRIES, canonical, check_shape
+from .other_formats import (
+    StoredRows,
+    TableSource,
+    is_matrix_folder,
+    open_10x_h5,
+    open_loom,
+    open_matrix_folder,
+    open_text,
+    text_suffix,
+)
 from .read_depth import row_ranges
 
 RAW = "raw"
-_SUFFIXES = (".h5ad", ".zarr")
+_FORMATS = ".h5ad, .zarr, .h5 (10x), .loom, .csv, .tsv, or a folder with matrix.mtx (10x)"
 _SAMPLED_ENTRIES = 100_000
 _SAMPLED_ROWS = 256
 
@@ -36,13 +46,15 @@ class AnnDataReader:
     converted once.
 
     Args:
-        data: an AnnData, one opened with `backed="r"` included, or a path to .h5ad or .zarr.
+        data: an AnnData, one opened with `backed="r"` included, or a path: .h5ad or .zarr; also .h5 and folders with
+            `matrix.mtx` as Cell Ranger writes them, .loom, and .csv or .tsv (cells x genes, also .gz). Such folders
+            and tables are read into memory whole.
         layer: name of a layer; left out, X. "raw" is `adata.raw`, with the genes of `adata.raw.var`, unless a
             layer bears that name.
         gene_column: the column of var with gene symbols or Ensembl ids; left out, var_names.
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: it is no .h5ad or .zarr, is damaged, holds no AnnData, or has no cells or genes.
+        ValueError: it is none of these formats, is damaged, or has no cells or genes.
         KeyError: unknown `layer` or `gene_column`; the message names those there are.
     """
 
@@ -289,15 +301,34 @@ class _FileSource:
             self._root.close()
 
 
-def _open_file(path: Path) -> _FileSource:
+def _open_file(path: Path) -> "_FileSource | TableSource":
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix not in _SUFFIXES:
+    if path.suffix == ".zarr":
+        return _open_anndata(_open_zarr(path), path)
+    if path.is_dir() and is_matrix_folder(path):
+        return open_matrix_folder(path)
+    if path.is_file() and text_suffix(path) is not None:
+        return open_text(path)
+    if path.suffix not in (".h5ad", ".h5", ".loom"):
         raise ValueError(
-            f"{path} is no {' or '.join(_SUFFIXES)} file. Read it with scanpy or anndata and pass the "
-            "AnnData, or write it with adata.write_h5ad."
+            f"{path} is of no known format ({_FORMATS}). Read it with scanpy or anndata and pass the AnnData, or "
+            "write it with adata.write_h5ad."
         )
-    root = _open_zarr(path) if path.suffix == ".zarr" else _open_hdf5(path)
+    file = _open_hdf5(path)
+    if path.suffix == ".h5ad" or (path.suffix == ".h5" and "obs" in file):
+        return _open_anndata(file, path)
+    try:
+        return open_loom(file, path) if path.suffix == ".loom" else open_10x_h5(file, path)
+    except KeyError as error:
+        file.close()
+        raise ValueError(f"{path} lacks a part of its format ({error.args[0]}): the file is damaged.") from error
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open_anndata(root: h5py.File | zarr.Group, path: Path) -> "_FileSource":
     source = _FileSource(root, path)
     try:
         _check_is_anndata(root, path)
@@ -338,8 +369,8 @@ def _check_is_anndata(root: h5py.File | zarr.Group, path: Path) -> None:
     if missing:
         found = ", ".join(sorted(root)[:10]) or "nothing"
         raise ValueError(
-            f"{path} holds no AnnData: it has no {' and no '.join(missing)}, but {found}. A Cell Ranger .h5 "
-            "is read with scanpy.read_10x_h5."
+            f"{path} holds no AnnData: it has no {' and no '.join(missing)}, but {found}. A Cell Ranger file "
+            "ends in .h5."
         )
     for name in ("obs", "var"):
         if "_index" not in root[name].attrs:
@@ -384,7 +415,7 @@ def _csc_arrays(matrix: CSCDataset) -> tuple[np.ndarray, Any, Any]:
 
 def _indptr_of_rows(matrix: Any) -> np.ndarray:
     """`(rows + 1,)` where each row's stored entries begin if they lie row after row."""
-    if isinstance(matrix, csr_matrix):
+    if isinstance(matrix, csr_matrix | StoredRows):
         return matrix.indptr
     if isinstance(matrix, CSRDataset):
         return np.asarray(matrix.group["indptr"][:])

@@ -5,7 +5,7 @@ Imports neither anndata nor pandas: this file also runs from the Hub, where they
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.sparse import csr_matrix, sparray, spmatrix
@@ -15,10 +15,11 @@ from .read_depth import row_ranges
 CHUNK_ENTRIES = 4_000_000  # stored matrix entries read at a time: about 0.3 GB with all intermediates
 
 
+@runtime_checkable
 class CellReader(Protocol):
     """What the tokenizer needs of its input: rows of values, with gene and cell names.
 
-    `AnnDataReader` and `MatrixReader` are the two there are.
+    `AnnDataReader` and `MatrixReader` read what people pass; a reader of one's own may be passed in their place.
     """
 
     num_cells: int

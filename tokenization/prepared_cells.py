@@ -39,6 +39,7 @@ from .read_depth import (
 )
 
 Values = Literal["counts", "expected_counts", "log1p_cp10k", "recover_counts"]
+CountValues = Literal["counts", "expected_counts", "recover_counts"]  # those of them that end as counts
 OnEmptyCell = Literal["error", "nan"]
 OriginalMode = Literal["normalized_cells", "bulk_raw", "bulk_normalized"]
 
@@ -299,6 +300,19 @@ class PreparedCells:
         input_ids[target], token_values[target] = num_genes, self.log10_target_depth[cell_index]
         input_ids[source], token_values[source] = num_genes + 1, self.log10_source_depth[cell_index]
         return EncodedCells(input_ids, token_values, offsets, cell_index)
+
+    def counts(self, start: int, stop: int) -> csr_matrix:
+        """The aligned counts of the cells in [start, stop), `(cells, genes)`, those not kept included.
+
+        Raises: ValueError: if the values are not counts but logarithms, or a bulk or normalised original mode.
+        """
+        if self._options.are_logs or self._options.original_mode is not None:
+            raise ValueError(f"The input holds no counts but {self._how_taken()}.")
+        return self._align(self._checked_rows(start, stop))
+
+    def obs_column(self, name: str) -> np.ndarray:
+        """One column of obs, `(cells,)`. KeyError: naming the columns there are."""
+        return self._reader.obs_column(name)
 
     def _values(self, start: int, stop: int) -> csr_matrix:
         """What stands at the gene tokens, in the input's precision."""

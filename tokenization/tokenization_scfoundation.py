@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from scfoundation_hf.configuration.code_export import save_code
+
 from .data_collator import EncodedCells, as_tensors, collect_labels, pad_cells
 from .gene_vocabulary import GeneVocabulary
 from .matrix_reader import CellReader, MatrixReader
@@ -24,6 +26,8 @@ from .prepared_cells import InputOptions, OnEmptyCell, OriginalMode, PreparedCel
 CellData = Any
 
 MIN_VOCABULARY_SHARE = 0.05
+# File and class, for people who load with trust_remote_code=True; the second place is for a fast tokenizer.
+AUTO_MAP = {"AutoTokenizer": ["tokenization_scfoundation.ScFoundationTokenizer", None]}
 
 
 class ScFoundationTokenizer(PreTrainedTokenizer):
@@ -105,6 +109,34 @@ class ScFoundationTokenizer(PreTrainedTokenizer):
         path = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
         self.vocabulary.save(path)
         return (str(path),)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        include_code: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, ...]:
+        """Save vocabulary and settings; returns the files.
+
+        Args:
+            save_directory: folder, made where needed.
+            include_code: copy the tokenizer's code too, so that `AutoTokenizer.from_pretrained(save_directory,
+                trust_remote_code=True)` works without this package. `None`: if the tokenizer came with code, or
+                was saved with it before.
+            *args, **kwargs: further arguments of `PreTrainedTokenizerBase.save_pretrained`.
+        """
+        if include_code is True:
+            self.init_kwargs["auto_map"] = dict(AUTO_MAP)
+        elif include_code is False:
+            self.init_kwargs.pop("auto_map", None)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        files = super()._save_pretrained(save_directory, *args, **kwargs)
+        if "auto_map" not in self.init_kwargs:
+            return files
+        return (*files, *map(str, save_code(type(self), save_directory)))
 
     def _convert_token_to_id(self, token: str) -> int:
         if token not in self._token_to_id:
@@ -398,6 +430,8 @@ def _open_reader(
     layer: str | None,
     gene_column: str | None,
 ) -> CellReader:
+    if isinstance(data, CellReader):
+        return data
     pandas, anndata = sys.modules.get("pandas"), sys.modules.get("anndata")
     is_anndata = anndata is not None and isinstance(data, anndata.AnnData)
     if is_anndata or isinstance(data, str | os.PathLike):
