@@ -5,7 +5,6 @@ python -m scfoundation_hf.trainer_scripts.convert_checkpoint models.ckpt scfound
 
 import argparse
 import json
-import os
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -22,6 +21,7 @@ from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import (
     read_official_checkpoint,
 )
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
+from scfoundation_hf.modeling_scfoundation.saving import share_weights
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
 PURPOSES = {
@@ -29,6 +29,8 @@ PURPOSES = {
     "rde": "cell embeddings after read-depth enhancement",
     "gene": "gene embeddings and predicted expression",
 }
+ORIGINAL_CONFIG_FILE = "original_config.json"
+UNUSED_TENSORS_FILE = "original_unused_tensors.safetensors"
 LICENSE_LINK = "https://github.com/biomap-research/scFoundation/blob/main/MODEL_LICENSE"
 CARD = """---
 {metadata}
@@ -104,11 +106,11 @@ def convert_checkpoint(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         stored_config = json.dumps(original.config, indent=2, ensure_ascii=False)
-        (folder / "original_config.json").write_text(stored_config + "\n", encoding="utf-8")
+        (folder / ORIGINAL_CONFIG_FILE).write_text(stored_config + "\n", encoding="utf-8")
         unused = {name: original.tensors[name].contiguous() for name in UNUSED_NAMES}
-        save_file(unused, folder / "original_unused_tensors.safetensors")
+        save_file(unused, folder / UNUSED_TENSORS_FILE)
         _make_card(key, model.num_parameters()).save(folder / "README.md")
-        _share(folder)
+        share_weights(folder)
         if target.exists():
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
@@ -122,16 +124,8 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
-    if not (target / "original_config.json").is_file():
+    if not (target / ORIGINAL_CONFIG_FILE).is_file():
         raise FileExistsError(f"{target} was not made by a conversion, so it is not overwritten; remove it yourself.")
-
-
-def _share(folder: Path) -> None:
-    """Give the files the permissions of ordinary new ones; safetensors writes for its owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def _make_card(key: CheckpointKey, num_parameters: int) -> ModelCard:

@@ -1,0 +1,1 @@
+"""Jobs that compare models with each other and with simple baselines."""

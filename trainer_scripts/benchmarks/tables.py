@@ -1,0 +1,73 @@
+"""The results of the pretraining benchmark as Markdown tables."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MEASURES = {
+    "mse": "MSE",
+    "mse_nonzero": "MSE, nonzero",
+    "mse_zero": "MSE, zero",
+    "mae_nonzero": "MAE, nonzero",
+    "mae_zero": "MAE, zero",
+    "mre_nonzero": "MRE, nonzero",
+    "pearson": "Pearson r",
+    "pearson_nonzero": "r, nonzero",
+}
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """For each recipe: measures, each model against each baseline with its interval, and every group.
+
+    Args:
+        results: what `benchmark_pretraining` writes as JSON.
+    """
+    return "\n".join(_of_recipe(name, recipe, results["models"]) for name, recipe in results["recipes"].items())
+
+
+def _of_recipe(name: str, recipe: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    predictors = recipe["predictors"]
+    titles = {
+        predictor: f"**{predictor}** ({models[predictor]['num_parameters'] / 1e6:.1f}M)"
+        if predictor in models
+        else predictor
+        for predictor in predictors
+    }
+    totals = next(iter(predictors.values()))
+    measured = [
+        [titles[predictor], *(_number(found[measure]) for measure in MEASURES)]
+        for predictor, found in predictors.items()
+    ]
+    compared = [
+        [
+            titles[model],
+            baseline,
+            f"{pair['ratio']:.3f} ({pair['low']:.3f} to {pair['high']:.3f})",
+            f"{pair['share_of_cells']:.1%}",
+            f"{sum(ratio < 1 for ratio in pair['ratios'].values())} of {len(pair['ratios'])}",
+            _number(max(pair["ratios"].values())),
+        ]
+        for model, pairs in recipe["comparisons"].items()
+        for baseline, pair in pairs.items()
+    ]
+    by_group = [
+        [group, f"{found['num_cells']:,}", *(_number(found[predictor]["mse"]) for predictor in predictors)]
+        for group, found in recipe["by_group"].items()
+    ]
+    parts = [
+        f"### Recipe `{name}`: {recipe['num_cells']:,} held-out cells, {totals['num_targets']:,.0f} hidden genes, "
+        f"{totals['num_targets_nonzero'] / totals['num_targets']:.1%} of them expressed\n",
+        _table(["predictor", *MEASURES.values()], measured),
+        _table(["model", "against", "ratio of MSE (95 %)", "cells better", "groups better", "worst group"], compared),
+        _table(["MSE by group", "cells", *titles.values()], by_group),
+    ]
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
