@@ -1,28 +1,35 @@
-"""A folder, a Hub id or a loaded model -> the encoder and tokenizer that a job runs with."""
+"""A folder, a Hub id or a loaded model -> the model and tokenizer that a job runs with."""
 
 import hashlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
-from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
+from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import (
+    ScFoundationForPreTraining,
+    ScFoundationModel,
+)
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+
+from .many_processes import ALONE, Processes
 
 ModelSource = str | PathLike[str] | PreTrainedModel
 DtypeName = Literal["float32", "bfloat16", "float16"]
+ValuesDtype = Literal["float32", "float16"]  # of a stored result
+ModelT = TypeVar("ModelT", ScFoundationModel, ScFoundationForPreTraining)
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
 
 
 @dataclass(frozen=True)
-class LoadedEncoder:
-    """What embeds cells, and where it came from."""
+class LoadedModel(Generic[ModelT]):
+    """What computes, and where it came from."""
 
-    model: ScFoundationModel
+    model: ModelT
     tokenizer: ScFoundationTokenizer
     name: str
     revision: str | None
@@ -37,38 +44,76 @@ class LoadedEncoder:
 
 
 def load_encoder(
-    model: ModelSource, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> LoadedEncoder:
+    model: ModelSource,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    processes: Processes = ALONE,
+) -> LoadedModel[ScFoundationModel]:
     """Make a model ready to embed.
 
     Args:
         model: a folder written by `save_pretrained` or `scfoundation convert`, a Hub id, or a loaded scFoundation model
             (which is used where and as it is).
-        device: `None`: a GPU if there is one, else the CPU.
+        device: `None`: a GPU if there is one, else the CPU; of several processes each takes its own.
         dtype: `None`: float32, whatever the folder stores; else "float32", "bfloat16", "float16" or a torch dtype.
     Raises: ValueError: if it is no scFoundation model, weights are missing, or tokenizer and model do not fit; OSError:
         if there is no such folder or file.
     """
     if isinstance(model, PreTrainedModel):
+        encoder: Any = model if isinstance(model, ScFoundationModel) else getattr(model, "scfoundation", None)
+        if not isinstance(encoder, ScFoundationModel):
+            raise ValueError(f"A {type(model).__name__} is no scFoundation model; pass one, or a folder or Hub id.")
+        return _use_loaded(encoder, device=device, dtype=dtype)
+    return _load(model, ScFoundationModel, device=device, dtype=dtype, processes=processes)
+
+
+def load_with_decoder(
+    model: ModelSource,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    processes: Processes = ALONE,
+) -> LoadedModel[ScFoundationForPreTraining]:
+    """Make a model ready to predict expression; arguments and errors are those of `load_encoder`.
+
+    Raises: ValueError: also for a model without decoder.
+    """
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(model, ScFoundationForPreTraining):
+            raise ValueError(
+                f"A {type(model).__name__} has no decoder to predict expression with: load the model with "
+                "AutoModelForPreTraining, or pass its folder or Hub id."
+            )
         return _use_loaded(model, device=device, dtype=dtype)
+    return _load(model, ScFoundationForPreTraining, device=device, dtype=dtype, processes=processes)
+
+
+def _load(
+    model: str | PathLike[str],
+    model_class: type[ModelT],
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    processes: Processes,
+) -> LoadedModel[ModelT]:
     name = str(model)
     _check_model_type(name)
-    loaded: Any = ScFoundationModel.from_pretrained(
-        name, dtype=parse_dtype(dtype) or torch.float32, output_loading_info=True
-    )
-    encoder, info = loaded
+    loaded: Any = model_class.from_pretrained(name, dtype=parse_dtype(dtype) or torch.float32, output_loading_info=True)
+    network, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
+        what = "encoder" if model_class is ScFoundationModel else "encoder and decoder"
         raise ValueError(
-            f"The weights in {name} lack {len(info['missing_keys'])} tensors of the encoder ({missing}, ...); "
-            "embeddings would be random. Save or convert the model again."
+            f"The weights in {name} lack {len(info['missing_keys'])} tensors of the {what} ({missing}, ...); "
+            "results would be random. Save or convert the model again."
         )
     return _check_fit(
-        LoadedEncoder(
-            model=encoder.to(parse_device(device)).eval(),
+        LoadedModel(
+            model=network.to(processes.share_of(parse_device(device))).eval(),
             tokenizer=ScFoundationTokenizer.from_pretrained(name),
             name=name,
-            revision=getattr(encoder.config, "_commit_hash", None),
+            revision=getattr(network.config, "_commit_hash", None),
         )
     )
 
@@ -119,21 +164,18 @@ def _check_model_type(name: str) -> None:
 
 
 def _use_loaded(
-    model: PreTrainedModel, *, device: str | torch.device | None, dtype: str | torch.dtype | None
-) -> LoadedEncoder:
-    encoder: Any = model if isinstance(model, ScFoundationModel) else getattr(model, "scfoundation", None)
-    if not isinstance(encoder, ScFoundationModel):
-        raise ValueError(f"A {type(model).__name__} is no scFoundation model; pass one, or a folder or Hub id.")
-    if device is not None and parse_device(device).type != encoder.device.type:
-        raise ValueError(f"The loaded model is on {encoder.device}, not {device}; move it: model.to('{device}').")
-    if dtype is not None and parse_dtype(dtype) != encoder.dtype:
-        raise ValueError(f"The loaded model is {encoder.dtype}, not {dtype}; convert it: model.to({dtype}).")
-    name = encoder.config._name_or_path or type(model).__name__
-    revision = getattr(encoder.config, "_commit_hash", None)
-    return _check_fit(LoadedEncoder(encoder, ScFoundationTokenizer(), name, revision))
+    model: ModelT, *, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> LoadedModel[ModelT]:
+    if device is not None and parse_device(device).type != model.device.type:
+        raise ValueError(f"The loaded model is on {model.device}, not {device}; move it: model.to('{device}').")
+    if dtype is not None and parse_dtype(dtype) != model.dtype:
+        raise ValueError(f"The loaded model is {model.dtype}, not {dtype}; convert it: model.to({dtype}).")
+    name = model.config._name_or_path or type(model).__name__
+    revision = getattr(model.config, "_commit_hash", None)
+    return _check_fit(LoadedModel(model, ScFoundationTokenizer(), name, revision))
 
 
-def _check_fit(loaded: LoadedEncoder) -> LoadedEncoder:
+def _check_fit(loaded: LoadedModel[ModelT]) -> LoadedModel[ModelT]:
     num_genes = len(loaded.tokenizer.vocabulary)
     if num_genes != loaded.model.config.num_genes:
         raise ValueError(

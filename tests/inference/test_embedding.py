@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import scfoundation_hf
-from scfoundation_hf.inference import embedding, writer
-from scfoundation_hf.inference.embedding import batch_borders, embed
+from scfoundation_hf.inference import cell_job, embedding, writer
+from scfoundation_hf.inference.cell_job import batch_borders
+from scfoundation_hf.inference.embedding import embed
+from scfoundation_hf.inference.writer import rows_noted
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
 OPTIONS = {"gene_column": "symbol", "progress": False}
@@ -182,7 +184,7 @@ def test_an_error_leaves_nothing_behind(cells_file, tiny_model_dir, tmp_path, mo
 
 
 def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "BATCHES_PER_READ", 2)
+    monkeypatch.setattr(cell_job, "PARTS", 2)
     monkeypatch.setattr(writer, "SECONDS_BETWEEN_NOTES", 0)
     options = {**OPTIONS, "tokens_per_batch": 4000}
     expected = embed(cells_file, tiny_model_dir, output=tmp_path / "whole.h5ad", **options)
@@ -198,7 +200,7 @@ def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir,
     with pytest.raises(KeyboardInterrupt):
         embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
     assert not (tmp_path / "out.h5ad").exists()
-    done = json.loads((tmp_path / "out.h5ad.progress" / "state.json").read_text())["num_rows_done"]
+    done = sum(rows_noted(path) for path in (tmp_path / "out.h5ad.progress").glob("*.rows"))
     assert done == batches[2][1].cell_index[0]  # everything before the third batch
     del batches[:3]
     monkeypatch.setattr(
@@ -223,15 +225,15 @@ scfoundation_hf.embed({str(cells_file)!r}, {str(tiny_model_dir)!r}, output={str(
     gene_column="symbol", tokens_per_batch=1000, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", script])
-    state = tmp_path / "out.h5ad.progress" / "state.json"
+    part = tmp_path / "out.h5ad.progress" / "part-000000.rows"
     deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not part.with_suffix(".json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, "the run ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out.h5ad").exists()
-    done = json.loads(state.read_text())["num_rows_done"]
+    done = sum(rows_noted(path) for path in part.parent.glob("*.rows"))
     assert 0 < done < 50
     options = {**OPTIONS, "tokens_per_batch": 1000}
     resumed = embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
@@ -243,6 +245,8 @@ def test_batches_are_consecutive_cells_within_the_budget():
     assert batch_borders(np.array([50, 40, 30, 0, 500, 60, 0, 0]), 100).tolist() == [0, 2, 4, 5, 8]
     assert batch_borders(np.array([7]), 1).tolist() == [0, 1]
     assert batch_borders(np.array([0, 0, 3]), 100).tolist() == [0, 3]
+    assert batch_borders(np.array([5, 5, 5, 0, 5]), 100, cells_per_batch=2).tolist() == [0, 2, 4, 5]
+    assert batch_borders(np.array([5, 60, 5, 5, 5]), 50, cells_per_batch=2).tolist() == [0, 1, 2, 4, 5]
     lengths = np.random.default_rng(0).integers(1, 300, size=1000)
     borders = batch_borders(lengths, 400)
     assert borders[0] == 0

@@ -13,12 +13,14 @@ import zarr
 from filelock import FileLock
 
 from scfoundation_hf.inference import writer
+from scfoundation_hf.inference.many_processes import Processes
 from scfoundation_hf.inference.writer import (
     CellResults,
-    RowProgress,
+    Progress,
     check_output,
     identify_file,
     progress_folder,
+    rows_noted,
     write_results,
 )
 
@@ -71,7 +73,7 @@ def test_results_are_added_and_all_else_is_kept(cells, results, tmp_path, file_f
     np.testing.assert_array_equal(written.obsm["X_old"], cells.obsm["X_old"])
     assert written.var.equals(cells.var)
     assert written.uns["source"] == cells.uns["source"]
-    assert sorted(tmp_path.iterdir()) == [source, output]
+    assert sorted(tmp_path.iterdir()) == [source, output, folder]
 
 
 def test_results_replace_earlier_ones_of_the_same_name(cells, results, tmp_path):
@@ -116,7 +118,6 @@ def test_overwriting_replaces_the_whole_output(cells, results, tmp_path, file_fo
     with progress_folder(output) as folder:
         write_results(source, output, results, folder=folder, overwrite=True)
     assert "X_new" in read(output).obsm
-    assert not list(tmp_path.glob("*.progress"))
 
 
 def test_outputs_that_must_not_be_written_are_refused(cells, tmp_path):
@@ -134,35 +135,81 @@ def test_outputs_that_must_not_be_written_are_refused(cells, tmp_path):
     check_output(source, tmp_path / "there.h5ad", overwrite=True)
 
 
+def progress_of(folder: Path, job: dict, borders=(0, 4, 10), **options) -> Progress:
+    return Progress(folder, job, borders=borders, row_shape=(3,), dtype=np.dtype(np.float32), **options)
+
+
+ROWS = np.arange(30, dtype=np.float32).reshape(10, 3)
+
+
 def test_rows_survive_a_kill_and_unvouched_rows_do_not(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SECONDS_BETWEEN_NOTES", 0)
-    rows = np.arange(30, dtype=np.float32).reshape(10, 3)
-    progress = RowProgress(tmp_path, {"job": 1}, width=3)
-    progress.append(rows[:4])
-    progress.append(rows[4:6])
-    with progress.rows_path.open("ab") as file:  # killed between writing rows and noting them
-        file.write(rows[6:9].tobytes()[:-2])
-    resumed = RowProgress(tmp_path, {"job": 1}, width=3)
-    assert resumed.num_rows_done == 6
-    resumed.append(rows[6:])
-    np.testing.assert_array_equal(resumed.rows(), rows)
+    progress = progress_of(tmp_path, {"job": 1})
+    with progress.part(1) as part:
+        part.append(ROWS[4:6])
+        part.append(ROWS[6:7])
+    with part.path.open("ab") as file:  # killed between writing rows and noting them
+        file.write(ROWS[7:9].tobytes()[:-2])
+    with progress.completing() as is_complete:
+        assert not is_complete
+    resumed = progress_of(tmp_path, {"job": 1})
+    with resumed.part(1) as part:
+        assert part.num_rows_done == 3
+        part.append(ROWS[7:])
+    with resumed.part(0) as part:
+        assert part.num_rows_done == 0
+        part.append(ROWS[:4])
+    with resumed.completing() as is_complete:
+        assert is_complete
+        np.testing.assert_array_equal(resumed.rows()[:], ROWS)
+        np.testing.assert_array_equal(resumed.rows()[3:6], ROWS[3:6])
+        assert resumed.rows()[8:3].shape == (0, 3)
+    assert not tmp_path.exists()
 
 
-def test_rows_are_noted_now_and_then_only(tmp_path):
-    progress = RowProgress(tmp_path, {"job": 1}, width=3)
-    for _ in range(5):
-        progress.append(np.ones((2, 3), np.float32))
-    assert progress.rows().shape == (10, 3)
-    assert RowProgress(tmp_path, {"job": 1}, width=3).num_rows_done == 2
+def test_rows_are_noted_now_and_then_and_at_the_end_of_a_part(tmp_path):
+    progress = progress_of(tmp_path, {"job": 1}, borders=(0, 10))
+    with progress.part(0) as part:
+        for _ in range(5):
+            part.append(np.ones((2, 3), np.float32))
+        assert rows_noted(part.path) == 2
+    assert rows_noted(part.path) == 10
 
 
 def test_unfinished_work_of_another_run_is_not_continued(tmp_path):
-    RowProgress(tmp_path, {"model": "a", "input": "x"}, width=3).append(np.ones((4, 3), np.float32))
+    with progress_of(tmp_path, {"model": "a", "input": "x"}).part(0) as part:
+        part.append(ROWS[:4])
     with pytest.warns(UserWarning, match="another run .it differs in model.*starting from the first cell"):
-        fresh = RowProgress(tmp_path, {"model": "b", "input": "x"}, width=3)
-    assert fresh.num_rows_done == 0
-    fresh.append(np.zeros((2, 3), np.float32))
-    assert fresh.rows().shape == (2, 3)
+        fresh = progress_of(tmp_path, {"model": "b", "input": "x"})
+    with fresh.part(0) as part:
+        assert part.num_rows_done == 0
+
+
+def test_processes_that_do_not_agree_on_the_job_are_stopped(tmp_path):
+    output, second = tmp_path / "out.h5ad", Processes(rank=1, count=2)
+    with progress_folder(output, Processes(rank=0, count=2)) as folder:
+        progress_of(folder, {"device": "cpu"})
+        with (
+            pytest.raises(RuntimeError, match=r"working in .* on something else .it differs in device"),
+            progress_folder(output, second),
+        ):
+            progress_of(folder, {"device": "cuda"}, processes=second)
+        with progress_folder(output, second):
+            progress_of(folder, {"device": "cpu"}, processes=second)
+
+
+def test_only_one_process_completes_the_work(tmp_path):
+    folder = tmp_path / "out.h5ad.progress"
+    folder.mkdir()
+    progress = progress_of(folder, {"job": 1}, borders=(0, 4))
+    with progress.part(0) as part:
+        part.append(ROWS[:4])
+    with progress.completing() as first, progress.completing() as second:
+        assert first
+        assert not second
+    assert not folder.exists()
+    with progress.completing() as is_complete:
+        assert not is_complete
 
 
 def test_the_progress_folder_stays_after_a_kill_and_goes_after_an_error(tmp_path):
@@ -173,9 +220,9 @@ def test_the_progress_folder_stays_after_a_kill_and_goes_after_an_error(tmp_path
     with pytest.raises(ValueError, match="broken"), progress_folder(output):
         raise ValueError("broken")
     assert not folder.exists()
-    with progress_folder(output):
-        pass
-    assert not folder.exists()
+    with pytest.raises(ValueError, match="broken"), progress_folder(output, Processes(rank=1, count=2)):
+        raise ValueError("broken")
+    assert folder.is_dir()  # the work of the others
 
 
 def test_two_processes_cannot_write_the_same_output(tmp_path):
@@ -183,7 +230,7 @@ def test_two_processes_cannot_write_the_same_output(tmp_path):
     folder = tmp_path / "out.h5ad.progress"
     folder.mkdir()
     with (
-        FileLock(folder / "lock"),
+        FileLock(folder / "process-0.lock"),
         pytest.raises(RuntimeError, match=r"Another process is writing .*out\.h5ad"),
         progress_folder(output),
     ):
