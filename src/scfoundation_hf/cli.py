@@ -5,17 +5,18 @@ import traceback
 import warnings
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from scfoundation_hf.inference.loading import DtypeName
+from scfoundation_hf.inference.loading import DtypeName, ValuesDtype
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import CheckpointKey
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
-from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
+from scfoundation_hf.tokenization.prepared_cells import CountValues, OnEmptyCell, OriginalMode, Values
 
+ExportFormat = Literal["code", "onnx", "onnx-int8"]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -111,6 +112,157 @@ def embed(
 
 
 @app.command()
+def enhance(
+    data: Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The .h5ad or .zarr to write.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
+    genes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GENE", help="Symbol or Ensembl id; may be given several times. Default: all genes."),
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
+    gene_column: Annotated[
+        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
+    ] = None,
+    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
+    total_counts: Annotated[
+        str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
+    ] = None,
+    target_depth: Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")] = None,
+    depth_fold: Annotated[
+        float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")
+    ] = None,
+    min_genes: Annotated[
+        int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
+    ] = None,
+    on_empty_cell: Annotated[
+        OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
+    ] = "error",
+    values_dtype: Annotated[ValuesDtype, typer.Option(help="What X is stored as.")] = "float32",
+    min_value: Annotated[
+        float | None, typer.Option(help="Predictions below become exact zeros, and matrices are sparse.")
+    ] = None,
+    cells_per_batch: Annotated[
+        int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
+) -> None:
+    """Predict the expression of all genes at a deeper read depth; a killed run resumes when called again.
+
+    Example: `scfoundation enhance cells.h5ad enhanced.h5ad --model scfoundation-gene --target-depth 10000`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.inference.enhancement import enhance as run
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    written = run(
+        data,
+        model,
+        output=output,
+        genes=genes or None,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        total_counts=total_counts,
+        target_depth=target_depth,
+        depth_fold=depth_fold,
+        min_genes=min_genes,
+        on_empty_cell=on_empty_cell,
+        values_dtype=values_dtype,
+        min_value=min_value,
+        cells_per_batch=cells_per_batch,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    typer.echo(written)
+
+
+@app.command("gene-embeddings")
+def gene_embeddings(
+    data: Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Copy of IN with the gene embeddings added.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
+    genes: Annotated[list[str], typer.Option(metavar="GENE", help="Symbol or Ensembl id; may be given several times.")],
+    key_added: Annotated[str, typer.Option(help="Name of the result in obsm.")] = "X_scfoundation_genes",
+    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
+    gene_column: Annotated[
+        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
+    ] = None,
+    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
+    total_counts: Annotated[
+        str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
+    ] = None,
+    target_depth: Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")] = None,
+    depth_fold: Annotated[
+        float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")
+    ] = None,
+    min_genes: Annotated[
+        int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
+    ] = None,
+    on_empty_cell: Annotated[
+        OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
+    ] = "error",
+    original_mode: Annotated[
+        OriginalMode | None, typer.Option(help="Reproduce another input mode of the original script.")
+    ] = None,
+    cells_per_batch: Annotated[
+        int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
+) -> None:
+    """Embed chosen genes in the context of every cell, into obsm["X_scfoundation_genes"] (cells, genes, numbers).
+
+    Example: `scfoundation gene-embeddings cells.h5ad out.h5ad --model scfoundation-gene --genes CD3D --genes NKG7`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.inference.gene_embeddings import gene_embeddings as run
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    written = run(
+        data,
+        model,
+        genes=genes,
+        output=output,
+        key_added=key_added,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        total_counts=total_counts,
+        target_depth=target_depth,
+        depth_fold=depth_fold,
+        min_genes=min_genes,
+        on_empty_cell=on_empty_cell,
+        original_mode=original_mode,
+        cells_per_batch=cells_per_batch,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    typer.echo(written)
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The released models.ckpt.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
@@ -127,6 +279,183 @@ def convert(
     from scfoundation_hf.trainer_scripts.convert_checkpoint import convert_checkpoint
 
     typer.echo(convert_checkpoint(checkpoint, output, key=key, overwrite=overwrite))
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if not (index.isdecimal() and number.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not of the form I/N, such as 3/8.")
+    return int(index), int(number)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="Cells: .h5ad, .zarr, 10x .h5, 10x mtx folder, .loom, .csv.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, or corpus to add to.")],
+    obs: Annotated[list[str] | None, typer.Option(help="Column of obs to keep; may be given several times.")] = None,
+    validation_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column of obs, such as the donor, whose values stay together in one split; several: the first that "
+            "an input has. Default: each cell by itself."
+        ),
+    ] = None,
+    validation_share: Annotated[float, typer.Option(help="Chance to be in the validation split, by a hash.")] = 0.02,
+    min_genes: Annotated[
+        int, typer.Option(help="Cells with fewer expressed genes are left out; the paper keeps more than 200.")
+    ] = 201,
+    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
+    gene_column: Annotated[
+        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
+    ] = None,
+    values: Annotated[CountValues, typer.Option(help="What the values are; TPM and FPKM: expected_counts.")] = "counts",
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Prepare only the I-th of N shares of the inputs.")] = "1/1",
+    workers: Annotated[int, typer.Option(help="Inputs prepared at a time.")] = 1,
+    skip_errors: Annotated[
+        bool, typer.Option("--skip-errors", help="Leave out inputs that are refused, with a warning.")
+    ] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Turn cell files into a corpus to pretrain on; run again, it goes on with what is not finished.
+
+    Example: `scfoundation prepare cells/*.h5ad corpus --obs cell_type --validation-by donor --workers 4`
+    """
+    from scfoundation_hf.corpus.prepare import prepare as run
+
+    manifest = run(
+        inputs,
+        output,
+        obs=obs or (),
+        validation_by=validation_by or (),
+        validation_share=validation_share,
+        min_genes=min_genes,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        shard=_parse_shard(shard),
+        workers=workers,
+        skip_errors=skip_errors,
+        progress=progress,
+    )
+    typer.echo(manifest)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def pretrain(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: pretrain-3m, pretrain-10m, pretrain-100m.")
+    ],
+) -> None:
+    """Pretrain a model on a corpus that `scfoundation prepare` made; a killed run goes on when called again.
+
+    Every key of the file is an option too, given behind CONFIG: `--corpus`, `--output-dir`, `--model`, `--max-steps`,
+    `--learning-rate`, `--seed`, `--overwrite`, and all others of transformers' TrainingArguments.
+
+    Example: `scfoundation pretrain pretrain-3m --corpus corpus --output-dir scfoundation-3m --max-steps 2000`
+    """
+    from scfoundation_hf.trainer_scripts.pretrain import pretrain as run
+    from scfoundation_hf.trainer_scripts.pretraining_config import read_config
+
+    typer.echo(run(read_config(config, context.args)))
+
+
+@app.command()
+def restore(
+    output: Annotated[Path, typer.Argument(metavar="CKPT", help="The models.ckpt to write.")],
+    cell: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the key cell.")] = None,
+    rde: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the key rde.")] = None,
+    gene: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the key gene.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Turn converted models back into a checkpoint for the original code.
+
+    Example: `scfoundation restore models.ckpt --cell scfoundation-cell --gene scfoundation-gene`
+    """
+    from scfoundation_hf.trainer_scripts.restore_checkpoint import restore_checkpoint
+
+    given: dict[CheckpointKey, Path | None] = {"cell": cell, "rde": rde, "gene": gene}
+    models = {key: folder for key, folder in given.items() if folder is not None}
+    typer.echo(restore_checkpoint(models, output, overwrite=overwrite))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder, or with --format onnx file, to make.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="code: the model with its code; onnx, onnx-int8: the encoder as one file.")
+    ] = "code",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Copy a model with its code: `AutoModel.from_pretrained(OUT, trust_remote_code=True)` needs no scfoundation-hf.
+
+    Example: `scfoundation export my-model my-model-for-everyone`
+    """
+    if format != "code":
+        from scfoundation_hf.inference.onnx_export import export_onnx
+
+        typer.echo(
+            export_onnx(model, output, weights="int8" if format == "onnx-int8" else "float32", overwrite=overwrite)
+        )
+        return
+    from scfoundation_hf.hub import export as run
+
+    typer.echo(run(model, output, overwrite=overwrite))
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made where needed.")],
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a new repository is private; default: as the organisation has set.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made where needed; default main.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Default: names DIR.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be sent, and what would not.")
+    ] = False,
+) -> None:
+    """Publish a model with tokenizer, code, card and reports on the Hugging Face Hub, in one commit.
+
+    Log in with `hf auth login` or HF_TOKEN. An upload that broke off goes on when called again.
+
+    Example: `scfoundation push my-model my-name/scfoundation-3m --private --dry-run`
+    """
+    from scfoundation_hf import hub
+
+    if not dry_run:
+        commit = hub.push(model, repo_id, private=private, revision=revision, commit_message=commit_message)
+        typer.echo(commit.commit_url)
+        return
+    publication = hub.prepare(model)
+    for name, num_bytes in publication.sizes().items():
+        typer.echo(f"{num_bytes:>15,}  {name}")
+    typer.echo(f"{sum(publication.sizes().values()):>15,}  bytes would go to {repo_id}; nothing was sent.")
+    if publication.left_out:
+        typer.echo(f"Left out: {', '.join(publication.left_out)}")
+
+
+@app.command()
+def lookup(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.")],
+    data: Annotated[Path, typer.Argument(metavar="QUERY", help="Cells: .h5ad or .zarr.")],
+    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
+    gene_column: Annotated[
+        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
+    ] = None,
+    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
+) -> None:
+    """Say how many cells of a data set the model was trained on, by their fingerprints.
+
+    Example: `scfoundation lookup scfoundation-3m cells.h5ad --gene-column symbol`
+    """
+    from scfoundation_hf.corpus.lookup import lookup as run
+
+    typer.echo(run(model, data, layer=layer, gene_column=gene_column, values=values))
 
 
 @app.command()
@@ -146,10 +475,69 @@ def doctor(
         table = Table.grid(padding=(0, 2, 0, 0))
         for finding in findings:
             table.add_row("", finding.name, marks[finding.passed], finding.result)
-            model_failed |= section == "Model" and not finding.passed
+            model_failed |= section == "Model" and finding.passed is False
         console.print(f"[bold]{section}[/bold]", table)
     if model_failed:
         raise typer.Exit(1)
+
+
+benchmark = typer.Typer(help="Measure models against each other and against simple baselines.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+
+
+@benchmark.command("pretraining")
+def benchmark_pretraining(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder made by `scfoundation prepare`.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make: results, tables, figure.")],
+    model: Annotated[list[Path], typer.Option(metavar="DIR", help="Model folder; give it again for each model.")],
+    run: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Pretraining run to draw in the figure; repeatable.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="How genes are hidden, released or paper; repeatable. Default: released.")
+    ] = None,
+    group_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Column of obs with the donor or batch; default: what --validation-by was."
+        ),
+    ] = None,
+    baseline_cells: Annotated[int, typer.Option(help="Training cells that the baselines are fitted to.")] = 50_000,
+    max_cells: Annotated[int | None, typer.Option(help="Validation cells; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Cells a batch.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of what is hidden; the Trainer validates with 0.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Measure pretrained models on the held-out cells of a corpus, beside gene means and a matrix factorisation.
+
+    Example: `scfoundation benchmark pretraining corpus scaling --model runs/3m --model runs/10m --run runs/3m --run
+    runs/10m`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.trainer_scripts.benchmarks import pretraining
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    typer.echo(
+        pretraining.benchmark_pretraining(
+            model,
+            corpus,
+            output,
+            runs=run or (),
+            recipes=recipe or ["released"],
+            group_by=group_by or None,
+            baseline_cells=baseline_cells,
+            max_cells=max_cells,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -165,7 +553,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         sys.exit(_report(error))
     if exit_code == INTERRUPTED:
-        typer.echo("Interrupted. `scfoundation embed` resumes when the same command is run again.", err=True)
+        typer.echo("Interrupted. The work resumes when the same command is run again.", err=True)
     sys.exit(exit_code or 0)
 
 

@@ -4,12 +4,22 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.inference.loading import load_encoder, parse_device
+from scfoundation_hf.inference.model_folder import (
+    check_checksums,
+    check_vocabulary,
+    check_weights,
+    read_config,
+    unknown_fields,
+)
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
+from scfoundation_hf.modeling_scfoundation.saving import CHECKSUMS_FILE
 
 PACKAGES = (
     "scfoundation-hf",
@@ -25,6 +35,7 @@ PACKAGES = (
     "xformers",
     "flash-attn",
 )
+MODEL_FILES = ["*.json", "*.safetensors", "*.tsv", CHECKSUMS_FILE]
 BACKENDS = (
     "eager",
     "sdpa",
@@ -50,12 +61,13 @@ def diagnose(model: str | None = None) -> Iterator[Finding]:
     """Look around, and at a model folder if one is given.
 
     Args:
-        model: folder or Hub id to check: loads, fits its tokenizer, embeds.
+        model: folder or Hub id to check: configuration, weights, their SHA-256, vocabulary, and that it embeds.
     """
     yield from _versions()
     yield from _devices()
     yield from (_try_backend(backend) for backend in BACKENDS)
     if model is not None:
+        yield from _check_folder(model)
         yield _try_model(model)
 
 
@@ -110,6 +122,38 @@ def _try_backend(backend: str) -> Finding:
         return f"on {device.type} in {str(dtype).removeprefix('torch.')}"
 
     return _attempt("Attention backends", backend, run)
+
+
+def _check_folder(name: str) -> Iterator[Finding]:
+    """What can be said of the files without loading them; nothing of what is no model folder."""
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        config = read_config(folder)
+    except (OSError, ValueError):
+        return  # `_try_model` says why
+    unknown = unknown_fields(folder)
+    yield Finding(
+        "Model", "configuration", f"unknown, so unused: {', '.join(unknown)}" if unknown else "no unknown field"
+    )
+
+    def weights() -> str:
+        check_weights(folder, config)
+        return "complete, and fit the configuration"
+
+    def checksums() -> str:
+        check_checksums(folder)
+        return f"as {CHECKSUMS_FILE} says"
+
+    def vocabulary() -> str:
+        check_vocabulary(folder, config)
+        return "fits the model"
+
+    yield _attempt("Model", "weights", weights)
+    if (folder / CHECKSUMS_FILE).is_file():
+        yield _attempt("Model", "SHA-256", checksums)
+    else:
+        yield Finding("Model", "SHA-256", f"not recorded when the model was saved (no {CHECKSUMS_FILE})")
+    yield _attempt("Model", "vocabulary", vocabulary)
 
 
 def _try_model(name: str) -> Finding:

@@ -17,6 +17,8 @@ DATA_FILES = (
     "scfoundation_hf/configuration/presets/100m.json",
     "scfoundation_hf/tokenization/vocabulary/gene_vocabulary.tsv",
     "scfoundation_hf/tokenization/vocabulary/README.md",
+    "scfoundation_hf/trainer_scripts/model_card_template.md",
+    "scfoundation_hf/trainer_scripts/recipes/pretrain-3m.yaml",
 )
 USE = """
 import scfoundation_hf
@@ -52,7 +54,15 @@ def check(wheel: Path) -> None:
 def expected_sources() -> list[Path]:
     """Every module of the repository, under the name it has in the wheel."""
     root = Path(__file__).resolve().parents[2]
-    folders = ["configuration", "inference", "modeling_scfoundation", "tokenization", "trainer_scripts"]
+    folders = [
+        "configuration",
+        "corpus",
+        "evaluation",
+        "inference",
+        "modeling_scfoundation",
+        "tokenization",
+        "trainer_scripts",
+    ]
     mapped = [path.relative_to(root) for folder in folders for path in (root / folder).rglob("*.py")]
     face = [path.relative_to(root / "src" / "scfoundation_hf") for path in (root / "src").rglob("*.py")]
     return [Path("scfoundation_hf") / path for path in mapped + face]

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("configuration", "inference", "modeling_scfoundation", "tokenization", "trainer_scripts")
+FOLDERS = (
+    "configuration",
+    "corpus",
+    "evaluation",
+    "inference",
+    "modeling_scfoundation",
+    "tokenization",
+    "trainer_scripts",
+)
 
 
 def imported_modules(path: Path) -> list[str]:
