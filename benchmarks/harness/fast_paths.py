@@ -1,0 +1,80 @@
+"""Each fast path of our model, and how it is switched off: for the ablation table.
+
+A path is off inside its context manager, and the numbers stay the same; tests/benchmarks/test_fast_paths.py holds
+both. A new path needs one entry in `FAST_PATHS`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from scfoundation_hf.modeling_scfoundation import decoder as decoder_module
+from scfoundation_hf.modeling_scfoundation.decoder import ScFoundationDecoder, ScFoundationLinearAttention
+from scfoundation_hf.modeling_scfoundation.linear_attention import favor_attention
+from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
+
+from .jobs import JobName
+
+DECODING: tuple[JobName, ...] = ("gene_embeddings", "enhance", "train")
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """One of them.
+
+    Attributes:
+        name: what it does.
+        jobs: in which it plays a part.
+        switched_off: the context in which it does not.
+    """
+
+    name: str
+    jobs: tuple[JobName, ...]
+    switched_off: Callable[[ScFoundationForPreTraining], AbstractContextManager[Any]]
+
+
+@contextmanager
+def _eager_attention(model: ScFoundationForPreTraining) -> Iterator[None]:
+    backend = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(backend)
+
+
+def _own_zeros(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    return patch.object(ScFoundationLinearAttention, "from_shared_zeros", lambda *arguments: None)
+
+
+def _every_position_to_the_end(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    decode = ScFoundationDecoder.forward
+
+    def decode_everything(
+        decoder: ScFoundationDecoder, *arguments: Any, target_ids: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        decoded = decode(decoder, *arguments, **options)
+        if target_ids is None:
+            return decoded
+        return decoded.gather(1, target_ids[..., None].expand(-1, -1, decoded.shape[-1]))
+
+    return patch.object(ScFoundationDecoder, "forward", decode_everything)
+
+
+def _whole_feature_maps(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **options: Any) -> Tensor:
+        return favor_attention(query, key, value, projection)
+
+    return patch.object(decoder_module, "streaming_favor_attention", attend)
+
+
+FAST_PATHS: tuple[FastPath, ...] = (
+    FastPath("attention without its weights (SDPA)", ("embed", *DECODING), _eager_attention),
+    FastPath("zero genes computed once (first decoder layer)", DECODING, _own_zeros),
+    FastPath("only the targets asked (last decoder layer)", ("train",), _every_position_to_the_end),
+    FastPath("feature maps streamed", DECODING, _whole_feature_maps),
+)
