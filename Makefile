@@ -4,10 +4,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,analysis,dev
+EXTRAS := train,analysis,onnx,dev
 
 # A strict editable install links file by file, so it is made anew when the list of source files changes.
-SOURCE_FOLDERS := src configuration tokenization modeling_scfoundation inference trainer_scripts
+SOURCE_FOLDERS := src configuration tokenization modeling_scfoundation corpus inference evaluation trainer_scripts
 SOURCE_LIST := $(shell find $(SOURCE_FOLDERS) -type f -not -name '*.pyc' 2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(SOURCE_LIST)
 
@@ -41,6 +41,10 @@ test: setup  ## Run all tests
 test-fast: setup  ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
+.PHONY: test-matrix
+test-matrix:  ## Run tests with the oldest and the newest transformers, datasets, anndata, huggingface-hub
+	$(PYTHON) tests/package/run_matrix.py
+
 .PHONY: test-common
 test-common: setup  ## Run transformers' own model tests on our models (fetches its sdist)
 	$(BIN)/python tests/common/run_common_tests.py
@@ -59,8 +63,16 @@ format: setup  ## Let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: setup  ## Run the benchmarks of benchmarks/
-	for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup  ## Time every job against the original's computation; writes docs/benchmarks/<machine>-<date>.*
+	$(BIN)/python benchmarks/speed.py --output docs/benchmarks
+
+.PHONY: bench-gpu
+bench-gpu: setup  ## The same on the GPU, under 10 minutes
+	$(BIN)/python benchmarks/speed.py --output docs/benchmarks --device cuda
+
+.PHONY: bench-parts
+bench-parts: setup  ## Run the smaller benchmarks of benchmarks/, which print
+	for script in $(filter-out benchmarks/speed.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 .PHONY: docs
 docs: setup  ## Build the documentation into docs/_build; warnings fail
