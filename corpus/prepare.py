@@ -129,7 +129,7 @@ def prepare(
       now to be read with another `layer`, `gene_column` or `values`, is prepared again.
     - Cells with the same counts over the vocabulary's genes are kept once: within an input the first, among inputs the
       one whose path comes first in alphabetical order, whatever order, workers or jobs they were prepared in.
-    - Memory: about 0.5 GB a worker, and some 100 bytes for each cell of the input in hand.
+    - Memory: about 0.8 GB a worker, libraries included, and some 100 bytes for each cell of the input in hand.
 
     Args:
         inputs: files or folders that `AnnDataReader` reads, and `census:VERSION/DATASET_ID`.
@@ -427,7 +427,7 @@ def _prepare_source(job: _Job, source: _Source) -> list[str]:
     folder = job.output / _UNFINISHED / source.key
     if folder.is_dir():
         shutil.rmtree(folder)  # left by a kill
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -519,6 +519,7 @@ def _put_in_place(job: _Job, source: _Source, folder: Path, record: dict[str, An
         for earlier in (job.output / split).glob(f"{source.key}-*"):
             earlier.unlink()
     for shard in record["shards"]:
+        (job.output / shard["split"]).mkdir(exist_ok=True)
         (folder / Path(shard["path"]).name).replace(job.output / shard["path"])
     (folder / _IDS_NAME).replace(job.ids_path(source))
     _write_json(job.record_path(source), record)

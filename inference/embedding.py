@@ -55,7 +55,8 @@ def embed(
             read in chunks whatever its size.
         model: folder, Hub id or loaded scFoundation model.
         output: for a path only, and then required: the file to write, a copy of the input with the results added. A
-            run that was killed resumes when the same call is made again.
+            run that was killed resumes when the same call is made again. Several processes share the work
+            (docs/many-devices.md).
         pooling: "all" as above; "max": max over all tokens, `(cells, hidden_size)`.
         key_added: name of the result.
         layer: layer that holds the values; `None`: `X`; "raw": `.raw`.
@@ -81,9 +82,7 @@ def embed(
     source, target = check_data(data, output, verb="embed")
     processes = ALONE if source is None else Processes.from_environment()
     with processes.speaking_once():
-        if (
-            source is not None and target is not None and source.exists()
-        ):  # the reader words it better for one that is not there
+        if source is not None and target is not None and source.exists():  # the reader words a missing one better
             check_output(source, target, overwrite=overwrite)
         check_at_least_one(tokens_per_batch=tokens_per_batch)
         if pooling not in ("all", "max"):

@@ -26,12 +26,9 @@ def freeze(model: ScFoundationPreTrainedModel, mode: FreezingMode, *, n: int | N
 
     Args:
         model: the encoder with a head, as `ScFoundationForCellClassification`.
-        mode: what trains beside the head.
-            "head": nothing.
-            "last_n": the last `n` encoder layers and the norm behind them.
-            "penultimate": the last encoder layer but one, `encoder.layers[-2]`, and nothing else of the encoder:
-                neither the last layer, nor the norm behind it, nor the embeddings. The released script's choice.
-            "full": everything.
+        mode: what trains beside the head. "head": nothing. "last_n": the last `n` encoder layers and the norm behind
+            them. "penultimate": the last encoder layer but one, `encoder.layers[-2]`, and nothing else of the
+            encoder, neither the norm nor the embeddings; the released script's choice. "full": everything.
         n: how many layers, for "last_n" only.
     Raises: ValueError: for an unknown mode, a model without head, an `n` that is missing, not asked for or beyond the
         encoder's layers, or a penultimate layer where there is one layer.

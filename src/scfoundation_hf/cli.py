@@ -16,6 +16,31 @@ from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import Checkpoi
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
 from scfoundation_hf.tokenization.prepared_cells import CountValues, OnEmptyCell, OriginalMode, Values
 
+# Arguments and options that several commands share.
+Cells = Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")]
+Model = Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")]
+Layer = Annotated[str | None, typer.Option(help="Layer with the values; default X.")]
+GeneColumn = Annotated[
+    str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
+]
+ValuesAre = Annotated[Values, typer.Option(help="What the values are.")]
+TotalCounts = Annotated[str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")]
+TargetDepth = Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")]
+DepthFold = Annotated[float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")]
+MinGenes = Annotated[
+    int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
+]
+EmptyCells = Annotated[OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")]
+OriginalInput = Annotated[
+    OriginalMode | None, typer.Option(help="Reproduce another input mode of the original script.")
+]
+TokensPerBatch = Annotated[int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")]
+ComputeDtype = Annotated[DtypeName, typer.Option(help="Precision to compute in.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")]
+CellsPerBatch = Annotated[int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")]
+
 ExportFormat = Literal["code", "onnx", "onnx-int8"]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -41,41 +66,27 @@ def show_traceback(
 
 @app.command()
 def embed(
-    data: Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")],
+    data: Cells,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Copy of IN with the embeddings added.")],
-    model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
+    model: Model,
     pooling: Annotated[
         PoolingMode, typer.Option(help="all: S, T, max and mean over genes; max: max over all tokens.")
     ] = "all",
     key_added: Annotated[str, typer.Option(help="Name of the result in obsm.")] = "X_scfoundation",
-    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
-    ] = None,
-    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
-    total_counts: Annotated[
-        str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
-    ] = None,
-    target_depth: Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")] = None,
-    depth_fold: Annotated[
-        float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")
-    ] = None,
-    min_genes: Annotated[
-        int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
-    ] = None,
-    on_empty_cell: Annotated[
-        OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
-    ] = "error",
-    original_mode: Annotated[
-        OriginalMode | None, typer.Option(help="Reproduce another input mode of the original script.")
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    target_depth: TargetDepth = None,
+    depth_fold: DepthFold = None,
+    min_genes: MinGenes = None,
+    on_empty_cell: EmptyCells = "error",
+    original_mode: OriginalInput = None,
+    tokens_per_batch: TokensPerBatch = None,
+    device: Device = None,
+    dtype: ComputeDtype = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
 ) -> None:
     """Embed every cell of a file into obsm["X_scfoundation"]; a killed run resumes when called again.
 
@@ -113,45 +124,31 @@ def embed(
 
 @app.command()
 def enhance(
-    data: Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")],
+    data: Cells,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The .h5ad or .zarr to write.")],
-    model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
+    model: Model,
     genes: Annotated[
         list[str] | None,
         typer.Option(metavar="GENE", help="Symbol or Ensembl id; may be given several times. Default: all genes."),
     ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
-    ] = None,
-    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
-    total_counts: Annotated[
-        str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
-    ] = None,
-    target_depth: Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")] = None,
-    depth_fold: Annotated[
-        float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")
-    ] = None,
-    min_genes: Annotated[
-        int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
-    ] = None,
-    on_empty_cell: Annotated[
-        OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
-    ] = "error",
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    target_depth: TargetDepth = None,
+    depth_fold: DepthFold = None,
+    min_genes: MinGenes = None,
+    on_empty_cell: EmptyCells = "error",
     values_dtype: Annotated[ValuesDtype, typer.Option(help="What X is stored as.")] = "float32",
     min_value: Annotated[
         float | None, typer.Option(help="Predictions below become exact zeros, and matrices are sparse.")
     ] = None,
-    cells_per_batch: Annotated[
-        int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
+    cells_per_batch: CellsPerBatch = None,
+    tokens_per_batch: TokensPerBatch = None,
+    device: Device = None,
+    dtype: ComputeDtype = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
 ) -> None:
     """Predict the expression of all genes at a deeper read depth; a killed run resumes when called again.
 
@@ -190,42 +187,26 @@ def enhance(
 
 @app.command("gene-embeddings")
 def gene_embeddings(
-    data: Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")],
+    data: Cells,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Copy of IN with the gene embeddings added.")],
-    model: Annotated[str, typer.Option(metavar="DIR", help="Model folder or Hub id.")],
+    model: Model,
     genes: Annotated[list[str], typer.Option(metavar="GENE", help="Symbol or Ensembl id; may be given several times.")],
     key_added: Annotated[str, typer.Option(help="Name of the result in obsm.")] = "X_scfoundation_genes",
-    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
-    ] = None,
-    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
-    total_counts: Annotated[
-        str | None, typer.Option(help="Column of obs with the total counts, for log1p_cp10k.")
-    ] = None,
-    target_depth: Annotated[float | None, typer.Option(help="Target depth T as a total count, such as 10000.")] = None,
-    depth_fold: Annotated[
-        float | None, typer.Option(help="Target depth as a multiple of each cell's own; default: T = S.")
-    ] = None,
-    min_genes: Annotated[
-        int | None, typer.Option(help="Cells with fewer expressed genes get NaN; the paper keeps more than 200.")
-    ] = None,
-    on_empty_cell: Annotated[
-        OnEmptyCell, typer.Option(help="A cell without counts is an error, or gets NaN.")
-    ] = "error",
-    original_mode: Annotated[
-        OriginalMode | None, typer.Option(help="Reproduce another input mode of the original script.")
-    ] = None,
-    cells_per_batch: Annotated[
-        int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Genes computed at once; bounds memory. Default: by device.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="Precision to compute in.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")] = True,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    target_depth: TargetDepth = None,
+    depth_fold: DepthFold = None,
+    min_genes: MinGenes = None,
+    on_empty_cell: EmptyCells = "error",
+    original_mode: OriginalInput = None,
+    cells_per_batch: CellsPerBatch = None,
+    tokens_per_batch: TokensPerBatch = None,
+    device: Device = None,
+    dtype: ComputeDtype = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
 ) -> None:
     """Embed chosen genes in the context of every cell, into obsm["X_scfoundation_genes"] (cells, genes, numbers).
 
@@ -291,7 +272,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 @app.command()
 def prepare(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="IN...", help="Cells: .h5ad, .zarr, 10x .h5, 10x mtx folder, .loom, .csv.")
+        list[Path], typer.Argument(metavar="IN...", help="Cells: .h5ad, .zarr, 10x .h5 or mtx folder, .loom, .csv.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make, or corpus to add to.")],
     obs: Annotated[list[str] | None, typer.Option(help="Column of obs to keep; may be given several times.")] = None,
@@ -306,10 +287,8 @@ def prepare(
     min_genes: Annotated[
         int, typer.Option(help="Cells with fewer expressed genes are left out; the paper keeps more than 200.")
     ] = 201,
-    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
-    ] = None,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
     values: Annotated[CountValues, typer.Option(help="What the values are; TPM and FPKM: expected_counts.")] = "counts",
     shard: Annotated[str, typer.Option(metavar="I/N", help="Prepare only the I-th of N shares of the inputs.")] = "1/1",
     workers: Annotated[int, typer.Option(help="Inputs prepared at a time.")] = 1,
@@ -443,11 +422,9 @@ def push(
 def lookup(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.")],
     data: Annotated[Path, typer.Argument(metavar="QUERY", help="Cells: .h5ad or .zarr.")],
-    layer: Annotated[str | None, typer.Option(help="Layer with the values; default X.")] = None,
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with gene symbols or Ensembl ids; default var_names.")
-    ] = None,
-    values: Annotated[Values, typer.Option(help="What the values are.")] = "counts",
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
 ) -> None:
     """Say how many cells of a data set the model was trained on, by their fingerprints.
 
@@ -506,7 +483,7 @@ def benchmark_pretraining(
     max_cells: Annotated[int | None, typer.Option(help="Validation cells; default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Cells a batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Of what is hidden; the Trainer validates with 0.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")] = None,
+    device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:

@@ -15,6 +15,7 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.sparse import issparse
 
 from scfoundation_hf.cli import main
@@ -25,6 +26,7 @@ from scfoundation_hf.inference.writer import rows_noted
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining, ScFoundationModel
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+from scfoundation_hf.trainer_scripts.convert_checkpoint import convert_checkpoint
 
 OPTIONS = {"gene_column": "symbol", "progress": False}
 GENES = ["NKG7", "ENSG00000167286", "CD4", "INS"]  # the second is CD3D; the last is in no blood cell
@@ -230,6 +232,22 @@ def test_cells_of_another_format_bring_their_names(cells, model, tmp_path):
     table.to_csv(tmp_path / "cells.csv")
     output = enhance(tmp_path / "cells.csv", model, output=tmp_path / "out.h5ad", genes=GENES, progress=False)
     assert read(output).obs_names.equals(cells.obs_names)
+
+
+def test_the_original_predicts_the_same(parity_dir, tmp_path):
+    """From the original's input to its stored outputs, gene_expression and gene."""
+    inputs, outputs = (load_file(parity_dir / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    model = convert_checkpoint(parity_dir / "models.ckpt", tmp_path / "gene", key="gene")
+    cells = anndata.AnnData(inputs["counts"].numpy())
+    cells.var_names = GeneVocabulary.default().symbols
+    enhanced = enhance(cells, model, target_depth=10_000, progress=False).X
+    expected = outputs["expr_single_F_t4"].numpy()
+    np.testing.assert_allclose(enhanced, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    genes = [GeneVocabulary.default().symbols[gene] for gene in inputs["gene_positions"].tolist()]
+    gene_embeddings(cells, model, genes=genes, progress=False)
+    expected = outputs["gene_F_f1"].numpy()
+    got = cells.obsm["X_scfoundation_genes"][: len(expected)]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def run_command(capsys, *arguments) -> str:
