@@ -370,7 +370,9 @@ def test_loading_names_unknown_fields_in_one_warning(tiny_model_dir, tmp_path, c
     assert model.config.num_bims == 4
     warnings = [record.getMessage() for record in caplog.records if "num_bims" in record.getMessage()]
     assert len(warnings) == 1
-    assert warnings[0].startswith("The scFoundation configuration has no field(s) hidden_width, num_bims: kept, but used")
+    assert warnings[0].startswith(
+        "The scFoundation configuration has no field(s) hidden_width, num_bims: kept, but used"
+    )
 
 
 def test_ordinary_configurations_have_no_unknown_fields(exported, tiny_config, caplog):

@@ -57,7 +57,7 @@ def test_recipes_are_complete(name):
     ("text", "options", "message"),
     [
         ("max_step: 10", PLACES, "no setting 'max_step'; did you mean 'max_steps'"),
-        ("model: 3m", [*PLACES, "--lerning-rate", "1"], "no setting 'lerning_rate'; did you mean 'learning_rate'"),
+        ("model: 3m", [*PLACES, "--learning-rates", "1"], "no setting 'learning_rates'; did you mean 'learning_rate'"),
         ("xyzzy: 1", PLACES, "no setting 'xyzzy'; see docs/pretraining.md"),
         ("max_steps: many", PLACES, "max_steps is 'many'; expected int"),
         ("bf16: 3", PLACES, "bf16 is 3; expected bool"),
