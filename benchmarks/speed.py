@@ -36,6 +36,7 @@ GROWTH = (64, 128, 256, 512)
 NUM_MIXED_CELLS = 512
 PRELOADED = [
     "anndata",
+    "scfoundation_hf.inference.cell_job",
     "scfoundation_hf.inference.embedding",
     "scfoundation_hf.modeling_scfoundation.modeling_scfoundation",
     "scfoundation_hf.tokenization.tokenization_scfoundation",

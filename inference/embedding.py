@@ -14,9 +14,7 @@ from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode, max_of_po
 from scfoundation_hf.tokenization.data_collator import EncodedCells, as_tensors, pack_cells
 from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
 
-from .cell_job import TOKENS_PER_BATCH as TOKENS_PER_BATCH
 from .cell_job import CellJob, check_at_least_one, check_data
-from .cell_job import batch_borders as batch_borders
 from .loading import ModelSource, load_encoder
 from .many_processes import ALONE, Processes
 from .writer import check_output

@@ -24,7 +24,7 @@ from scfoundation_hf.evaluation.flops import (
     tokens_per_cell,
     training_step_flops,
 )
-from scfoundation_hf.inference.embedding import TOKENS_PER_BATCH
+from scfoundation_hf.inference.cell_job import TOKENS_PER_BATCH
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import (
     RawCells,

@@ -15,7 +15,7 @@ import torch
 
 import scfoundation_hf
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
-from scfoundation_hf.inference.embedding import TOKENS_PER_BATCH, batch_borders
+from scfoundation_hf.inference.cell_job import TOKENS_PER_BATCH, batch_borders
 
 from .cells import CountedCells
 from .fast_paths import FAST_PATHS, FastPath
