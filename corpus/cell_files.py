@@ -22,7 +22,6 @@ from scfoundation_hf.tokenization.read_depth import first_entry, first_non_integ
 from scfoundation_hf.tokenization.tokenization_scfoundation import MIN_VOCABULARY_SHARE
 
 from .fingerprints import cell_ids
-from .streaming import select_cells
 
 CountsAsStored = Literal["counts", "expected_counts"]
 
@@ -103,7 +102,7 @@ class CellFilesStream(IterableDataset):
                 yield cells
 
     def _batch(self, cells: RawCells, rows: np.ndarray) -> RawCells:
-        taken = select_cells(cells, rows[cells.lengths[rows] >= self.min_genes])
+        taken = cells.select(rows[cells.lengths[rows] >= self.min_genes])
         return RawCells(taken.cell_ids, taken.gene_ids, taken.counts, taken.offsets, epochs=self.epoch)
 
 

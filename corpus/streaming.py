@@ -159,7 +159,7 @@ class CorpusStream(IterableDataset):
                 else:
                     position = CorpusPosition(**(asdict(here) | {"batch": taken}))
                 yield step, _Batch(cells, order[begin:end], start.epoch if self.is_shuffled else 0, position)
-            left_over = select_cells(cells, order[borders[-1] :])
+            left_over = cells.select(order[borders[-1] :])
             first_row, first_batch = first_row + int(borders[-1]), num_batches
 
     def set_epoch(self, epoch: int) -> None:
@@ -353,7 +353,7 @@ class _Epoch:
         parts = []
         for earlier in range(first_window, window):
             cells, order = self.window(earlier)
-            parts.append(select_cells(cells, order[max(0, first_row - self._first_rows[earlier]) :]))
+            parts.append(cells.select(order[max(0, first_row - self._first_rows[earlier]) :]))
         return _join(parts)
 
 
@@ -398,7 +398,7 @@ class _Batch:
     position: CorpusPosition
 
     def __call__(self) -> CorpusCells:
-        taken = select_cells(self.cells, self.rows)
+        taken = self.cells.select(self.rows)
         return CorpusCells(
             taken.cell_ids, taken.gene_ids, taken.counts, taken.offsets, epochs=self.epoch, position=self.position
         )
@@ -468,7 +468,7 @@ class _RowGroups:
         is_kept = np.ones(len(cells), dtype=bool)
         first = number * self._size
         is_kept[left_out[(left_out >= first) & (left_out < first + len(cells))] - first] = False
-        return cells if is_kept.all() else select_cells(cells, np.flatnonzero(is_kept))
+        return cells if is_kept.all() else cells.select(np.flatnonzero(is_kept))
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
@@ -490,14 +490,6 @@ def _open_shard(folder: str, shard: Shard, process_id: int) -> pq.ParquetFile:
             "not the shard that was prepared. Copy it again."
         )
     return file
-
-
-def select_cells(cells: RawCells, rows: np.ndarray) -> RawCells:
-    """These rows, in this order."""
-    lengths = cells.lengths[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    entries = np.repeat(cells.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return RawCells(np.asarray(cells.cell_ids)[rows], cells.gene_ids[entries], cells.counts[entries], offsets)
 
 
 def _join(parts: Sequence[RawCells]) -> RawCells:

@@ -9,7 +9,7 @@ beaten by that alone. So all but `GeneMean` also learn from the targets drawn in
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -353,20 +353,7 @@ def _split(cells: Iterable[RawCells], *, in_fold: bool) -> Iterable[RawCells]:
         hashes = np.array([zlib.crc32(str(cell_id).encode()) for cell_id in part.cell_ids])
         chosen = np.flatnonzero((hashes % REGRESSION_FOLD == 0) == in_fold)
         if len(chosen):
-            yield select_cells(part, chosen)
-
-
-def select_cells(cells: RawCells, chosen: np.ndarray) -> RawCells:
-    """These cells only, in this order."""
-    entries = np.concatenate([np.arange(cells.offsets[i], cells.offsets[i + 1]) for i in chosen])
-    return replace(
-        cells,
-        cell_ids=[cells.cell_ids[i] for i in chosen],
-        gene_ids=cells.gene_ids[entries],
-        counts=cells.counts[entries],
-        offsets=np.concatenate([[0], np.cumsum(cells.lengths[chosen])]),
-        epochs=cells.epochs if np.ndim(cells.epochs) == 0 else np.asarray(cells.epochs)[chosen],
-    )
+            yield part.select(chosen)
 
 
 def _matrices(cells: Iterable[RawCells], num_genes: int) -> Iterable[csr_matrix]:

@@ -57,9 +57,7 @@ class EncodedCells:
     def select(self, cells: Sequence[int] | np.ndarray) -> "EncodedCells":
         """These cells, in this order (a batch of similar lengths, say)."""
         cells = np.asarray(cells, dtype=np.int64)
-        lengths = self.lengths[cells]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.repeat(self.offsets[:-1][cells] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        tokens, offsets = _entries_of(self.offsets, cells)
         return EncodedCells(self.input_ids[tokens], self.values[tokens], offsets, self.cell_index[cells])
 
     @classmethod
@@ -182,6 +180,17 @@ class RawCells:
             counts = counts.sorted_indices()
         return cls(cell_ids, counts.indices, counts.data, counts.indptr.astype(np.int64), epochs)
 
+    def select(self, cells: np.ndarray) -> "RawCells":
+        """These cells, in this order."""
+        entries, offsets = _entries_of(self.offsets, cells)
+        return RawCells(
+            cell_ids=np.asarray(self.cell_ids)[cells],
+            gene_ids=self.gene_ids[entries],
+            counts=self.counts[entries],
+            offsets=offsets,
+            epochs=self.epochs if np.ndim(self.epochs) == 0 else np.asarray(self.epochs)[cells],
+        )
+
     def to_csr(self, num_genes: int) -> csr_matrix:
         """The cells as a `(cells, num_genes)` matrix.
 
@@ -206,6 +215,13 @@ class RawCells:
                     f"Cell {self.cell_ids[entry.row]!r}: gene id {entry.column} {message.format(value=entry.value)}."
                 )
         return matrix
+
+
+def _entries_of(offsets: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the entries of some cells lie in an array that holds all cells end to end, and the offsets of their own."""
+    lengths = np.diff(offsets)[cells]
+    own_offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.repeat(offsets[:-1][cells] - own_offsets[:-1], lengths) + np.arange(own_offsets[-1]), own_offsets
 
 
 def pad_cells(

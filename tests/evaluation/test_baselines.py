@@ -256,7 +256,7 @@ def test_the_split_shares_out_each_cell_once(training_cells):
 def test_epochs_follow_their_cells(training_cells):
     part = training_cells[0]
     numbered = RawCells(part.cell_ids, part.gene_ids, part.counts, part.offsets, epochs=np.arange(len(part)))
-    chosen = baselines.select_cells(numbered, np.array([3, 7]))
+    chosen = numbered.select(np.array([3, 7]))
     assert chosen.epochs.tolist() == [3, 7]
 
 
