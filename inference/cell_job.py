@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from anndata import AnnData
 from tqdm import tqdm
 
-from scfoundation_hf.tokenization.data_collator import EncodedCells
+from scfoundation_hf.tokenization.data_collator import EncodedCells, as_tensors, pack_cells
 from scfoundation_hf.tokenization.prepared_cells import PreparedCells
 
 from .loading import LoadedModel
@@ -82,6 +83,12 @@ def check_at_least_one(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1.")
+
+
+def packed_on(device: torch.device, cells: EncodedCells) -> dict[str, Any]:
+    """The packed batch of these cells, its tensors on the device."""
+    batch = as_tensors(pack_cells(cells), "pt")
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 @dataclass(frozen=True)

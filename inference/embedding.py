@@ -1,7 +1,5 @@
 """Cell embeddings for an AnnData or a file of any size: `scfoundation_hf.embed` and `scfoundation embed`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -11,11 +9,11 @@ from anndata import AnnData
 
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode, max_of_pooled
-from scfoundation_hf.tokenization.data_collator import EncodedCells, as_tensors, pack_cells
+from scfoundation_hf.tokenization.data_collator import EncodedCells
 from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
 
-from .cell_job import CellJob, check_at_least_one, check_data
-from .loading import ModelSource, load_encoder
+from .cell_job import CellJob, check_at_least_one, check_data, packed_on
+from .loading import ModelSource, evaluating, load_encoder
 from .many_processes import ALONE, Processes
 from .writer import check_output
 
@@ -98,7 +96,7 @@ def embed(
             on_empty_cell=on_empty_cell,
             original_mode=original_mode,
         )
-        with prepared, _evaluating(loaded.model):
+        with prepared, evaluating(loaded.model):
             job = CellJob(
                 loaded,
                 prepared,
@@ -118,20 +116,5 @@ def embed(
 
 @torch.inference_mode()
 def _embed_batch(model: ScFoundationModel, cells: EncodedCells, pooling: PoolingMode) -> np.ndarray:
-    batch = as_tensors(pack_cells(cells), "pt")
-    on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    pooled = model(**on_device).pooler_output
+    pooled = model(**packed_on(model.device, cells)).pooler_output
     return (pooled if pooling == "all" else max_of_pooled(pooled)).float().cpu().numpy()
-
-
-@contextmanager
-def _evaluating(model: ScFoundationModel) -> Iterator[None]:
-    """Dropout off, pooling on; afterwards the model is as its owner left it."""
-    was_training, had_pooling = model.training, model.add_pooling_layer
-    model.eval()
-    model.add_pooling_layer = True
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        model.add_pooling_layer = had_pooling

@@ -1,8 +1,7 @@
 """Predicted expression at a chosen read depth: `scfoundation_hf.enhance` and `scfoundation enhance`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
@@ -17,13 +16,13 @@ from anndata.io import read_elem
 from scipy.sparse import vstack
 
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
-from scfoundation_hf.tokenization.data_collator import EncodedCells, as_tensors, pack_cells
+from scfoundation_hf.tokenization.data_collator import EncodedCells
 from scfoundation_hf.tokenization.gene_vocabulary import AlignmentReport, GeneVocabulary
 from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, PreparedCells, Values
 
-from .cell_job import CellJob, check_at_least_one, check_data
+from .cell_job import CellJob, check_at_least_one, check_data, packed_on
 from .enhanced_file import enhanced_anndata, with_exact_zeros, write_enhanced
-from .loading import ModelSource, ValuesDtype, load_with_decoder
+from .loading import ModelSource, ValuesDtype, evaluating, load_with_decoder
 from .many_processes import ALONE, Processes
 from .writer import FORMATS, StoredRows, check_place
 
@@ -237,17 +236,6 @@ def default_cells_per_batch(device: torch.device) -> int:
     return CELLS_PER_BATCH.get(device.type, CELLS_PER_BATCH["cuda"])
 
 
-@contextmanager
-def evaluating(model: ScFoundationForPreTraining) -> Iterator[None]:
-    """Dropout off; afterwards the model is as its owner left it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _check_output(source: Path, target: Path, *, overwrite: bool) -> None:
     if target.suffix not in FORMATS:
         raise ValueError(f"The output {target} must end in {' or '.join(FORMATS)}.")
@@ -288,13 +276,7 @@ def _check_target_depths(prepared: PreparedCells) -> None:
 @torch.inference_mode()
 def _predict_batch(model: ScFoundationForPreTraining, cells: EncodedCells, gene_ids: np.ndarray | None) -> np.ndarray:
     """Predicted log1p(CP10k), float32 `(cells, genes)`."""
-    batch = on_device(cells, model.device)
+    batch = packed_on(model.device, cells)
     if gene_ids is not None:
         batch["target_ids"] = torch.from_numpy(gene_ids).to(model.device).expand(len(cells), -1)
     return model(**batch).predicted_values.float().cpu().numpy()
-
-
-def on_device(cells: EncodedCells, device: torch.device) -> dict[str, torch.Tensor]:
-    """The packed batch of these cells where the model is."""
-    batch = as_tensors(pack_cells(cells), "pt")
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}

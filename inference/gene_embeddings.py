@@ -12,9 +12,9 @@ from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFounda
 from scfoundation_hf.tokenization.data_collator import EncodedCells
 from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
 
-from .cell_job import CellJob, check_at_least_one, check_data
-from .enhancement import default_cells_per_batch, evaluating, find_genes, on_device
-from .loading import ModelSource, load_with_decoder
+from .cell_job import CellJob, check_at_least_one, check_data, packed_on
+from .enhancement import default_cells_per_batch, find_genes
+from .loading import ModelSource, evaluating, load_with_decoder
 from .many_processes import ALONE, Processes
 from .writer import check_output
 
@@ -102,5 +102,5 @@ def gene_embeddings(
 @torch.inference_mode()
 def _embed_genes(model: ScFoundationForPreTraining, cells: EncodedCells, gene_ids: np.ndarray) -> np.ndarray:
     """Gene vectors, float32 `(cells, genes, E)`."""
-    vectors = model(**on_device(cells, model.device), output_gene_embeddings=True).gene_embeddings
+    vectors = model(**packed_on(model.device, cells), output_gene_embeddings=True).gene_embeddings
     return vectors[:, torch.from_numpy(gene_ids).to(model.device)].float().cpu().numpy()

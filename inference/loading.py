@@ -1,6 +1,8 @@
 """A folder, a Hub id or a loaded model -> the model and tokenizer that a job runs with."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -116,6 +118,23 @@ def _load(
             revision=getattr(network.config, "_commit_hash", None),
         )
     )
+
+
+@contextmanager
+def evaluating(model: ScFoundationModel | ScFoundationForPreTraining) -> Iterator[None]:
+    """Dropout off, an encoder's pooling on; afterwards the model is as its owner left it."""
+    was_training = model.training
+    model.eval()
+    encoder = model if isinstance(model, ScFoundationModel) else None
+    had_pooling = encoder is not None and encoder.add_pooling_layer
+    if encoder is not None:
+        encoder.add_pooling_layer = True
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if encoder is not None:
+            encoder.add_pooling_layer = had_pooling
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import tempfile
 import warnings
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
 
-from .loading import ModelSource, load_encoder
+from .loading import ModelSource, evaluating, load_encoder
+from .writer import check_free
 
 OnnxWeights = Literal["float32", "int8"]
 INPUT_NAMES = ["input_ids", "values", "attention_mask"]
@@ -48,7 +48,7 @@ def export_encoder(model: ModelSource) -> torch.export.ExportedProgram:
     """
     encoder = load_encoder(model, device=None if isinstance(model, nn.Module) else "cpu").model
     sizes = {0: torch.export.Dim("cells"), 1: torch.export.Dim("tokens", min=3)}
-    with _embedding(encoder):
+    with evaluating(encoder):
         return torch.export.export(
             ExportableEncoder(encoder), _example_batch(encoder), dynamic_shapes=(sizes, sizes, sizes)
         )
@@ -69,8 +69,7 @@ def export_onnx(
     Raises: FileExistsError; ImportError: without the extra `onnx`; ValueError: if the file computes something else.
     """
     target = Path(output)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
+    check_free(target, overwrite=overwrite)
     for name in ("onnx", "onnxscript", "onnxruntime"):
         _import(name)
     encoder = load_encoder(model, device=None if isinstance(model, nn.Module) else "cpu").model
@@ -98,7 +97,7 @@ def _check(file: Path, encoder: ScFoundationModel) -> None:
     session = _import("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
     inputs = {name: tensor.numpy() for name, tensor in zip(INPUT_NAMES, batch, strict=True)}
     found = session.run(["pooler_output"], inputs)[0]
-    with torch.inference_mode(), _embedding(encoder):
+    with torch.inference_mode(), evaluating(encoder):
         expected = encoder(*batch).pooler_output.numpy()
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= TOLERANCE:
@@ -121,19 +120,6 @@ def _example_batch(
     attention_mask = input_ids.ne(config.num_positions).long()
     values = torch.linspace(0.5, 4, input_ids.numel()).view_as(input_ids) * attention_mask
     return input_ids, values, attention_mask
-
-
-@contextlib.contextmanager
-def _embedding(encoder: ScFoundationModel) -> Iterator[None]:
-    """Dropout off, pooling on; afterwards the model is as its owner left it."""
-    was_training, had_pooling = encoder.training, encoder.add_pooling_layer
-    encoder.eval()
-    encoder.add_pooling_layer = True
-    try:
-        yield
-    finally:
-        encoder.train(was_training)
-        encoder.add_pooling_layer = had_pooling
 
 
 def _import(name: str) -> ModuleType:

@@ -73,10 +73,26 @@ def check_place(source: Path, output: Path, *, overwrite: bool) -> None:
     Raises: ValueError: for the input itself; FileExistsError: if something is there and `overwrite` is not set;
         FileNotFoundError: if its folder is missing.
     """
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"The folder {output.parent} of the output does not exist; make it first.")
+    check_parent(output)
     if output.exists() and output.samefile(source):
         raise ValueError(f"The output {output} is the input itself; choose another name.")
+    check_free(output, overwrite=overwrite)
+
+
+def check_parent(output: Path) -> None:
+    """Refuse an output whose folder is missing.
+
+    Raises: FileNotFoundError.
+    """
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"The folder {output.parent} of the output does not exist; make it first.")
+
+
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is there, unless it may be replaced.
+
+    Raises: FileExistsError.
+    """
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists already; pass overwrite=True (--overwrite), or choose another name.")
 
