@@ -24,6 +24,7 @@ from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationT
 
 from .fingerprints import cell_ids
 from .manifest import SPLITS, CorpusManifest
+from .whole_files import write_json, write_whole
 
 MEMBERS_FILE = "training_cells.safetensors"
 MANIFEST_FILE = "data_manifest.json"
@@ -79,9 +80,9 @@ class TrainingCells:
         """Write a safetensors file of 10 bytes a cell; the same cells give the same bytes."""
         target = Path(path)
         metadata = {"source_names": json.dumps(self.source_names)}  # safetensors writes several in any order
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        unfinished.write_bytes(save({"hashes": self.hashes, "sources": self.sources}, metadata))
-        return unfinished.replace(target)
+        content = save({"hashes": self.hashes, "sources": self.sources}, metadata)
+        write_whole(target, lambda file: file.write(content))
+        return target
 
     def __len__(self) -> int:
         """Number of different cells."""
@@ -190,9 +191,7 @@ def record_training_data(corpus: str | PathLike[str], model: str | PathLike[str]
         "vocabulary_sha256": manifest.vocabulary_sha256,
         "package_version": manifest.package_version,
     }
-    unfinished = folder / f".{MANIFEST_FILE}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / MANIFEST_FILE)
+    write_json(folder / MANIFEST_FILE, content)
 
 
 def _hashes(ids: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -54,6 +54,7 @@ from .manifest import (
     Split,
     corpus_schema,
 )
+from .whole_files import write_json, write_whole
 
 ROWS_PER_SHARD = 32 * ROW_GROUP_ROWS
 MAX_COUNT = 2**24  # up to here float32 holds every integer
@@ -228,7 +229,7 @@ def _open_output(job: _Job) -> None:
         (job.output / folder).mkdir(parents=True, exist_ok=True)
     with job.finish_lock():
         if not settings_path.exists():
-            _write_json(settings_path, job.settings)
+            write_json(settings_path, job.settings)
         stored = json.loads(settings_path.read_text(encoding="utf-8"))
     changed = [
         f"{key} {stored.get(key)!r}, now {job.settings[key]!r}"
@@ -260,7 +261,7 @@ def _is_finished(job: _Job, source: _Source) -> bool:
     if _sha256(Path(source.path)) != record["input"]["sha256"]:
         return False
     record["input"] |= stat  # touched or copied, but the same
-    _write_json(path, record)
+    write_json(path, record)
     return True
 
 
@@ -329,7 +330,7 @@ def _prepare_or_refuse(job: _Job, source: _Source, *, skip_errors: bool) -> Sequ
         except InputRefusedError as error:
             if not skip_errors:
                 raise
-            _write_json(job.record_path(source), {"name": source.path, "refused": str(error)})
+            write_json(job.record_path(source), {"name": source.path, "refused": str(error)})
             return [f"Left out: {error}"]
     finally:
         lock.release()
@@ -348,7 +349,7 @@ def _finish(job: _Job, sources: Sequence[_Source], *, progress: bool) -> Path:
             return manifest_path  # nothing was prepared since
         records = [json.loads(path.read_text(encoding="utf-8")) for path in (job.output / _SOURCES).glob("*.json")]
         manifest = _assemble(job, sorted(records, key=lambda record: record["name"]))
-        _write_atomically(manifest_path, lambda file: file.write(manifest.to_json().encode()))
+        write_whole(manifest_path, lambda file: file.write(manifest.to_json().encode()))
         for folder in (_UNFINISHED, DUPLICATES_FOLDER, *SPLITS):
             if not any((job.output / folder).iterdir()):
                 (job.output / folder).rmdir()
@@ -367,7 +368,7 @@ def _assemble(job: _Job, records: Sequence[dict[str, Any]]) -> CorpusManifest:
         path = f"{DUPLICATES_FOLDER}/{_Source(record['name']).key}.npy"
         (job.output / path).unlink(missing_ok=True)
         if len(rows):
-            _write_atomically(job.output / path, partial(_save_array, rows))
+            write_whole(job.output / path, partial(_save_array, rows))
         record["num_duplicates_of_other_sources"] = len(rows)
         per_shard = np.bincount(rows["shard"], minlength=len(record["shards"]))
         shards += [
@@ -522,7 +523,7 @@ def _put_in_place(job: _Job, source: _Source, folder: Path, record: dict[str, An
         (job.output / shard["split"]).mkdir(exist_ok=True)
         (folder / Path(shard["path"]).name).replace(job.output / shard["path"])
     (folder / _IDS_NAME).replace(job.ids_path(source))
-    _write_json(job.record_path(source), record)
+    write_json(job.record_path(source), record)
 
 
 @contextmanager
@@ -741,24 +742,5 @@ def _leaves(schema: pa.Schema) -> list[str]:
     return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
 
 
-# --- Small files, whole or not there ---
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
 def _save_array(array: np.ndarray, file: BinaryIO) -> None:
     np.save(file, array, allow_pickle=False)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")  # one that a kill left is overwritten the next time
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

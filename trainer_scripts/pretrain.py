@@ -23,6 +23,7 @@ from transformers.utils import logging
 from scfoundation_hf.configuration.configuration_scfoundation import PRESETS, ScFoundationConfig
 from scfoundation_hf.corpus.lookup import MANIFEST_FILE, MEMBERS_FILE, TrainingCells, record_training_data
 from scfoundation_hf.corpus.streaming import CorpusStream
+from scfoundation_hf.corpus.whole_files import write_json
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.read_depth_aware import ReadDepthAwareRecipe
@@ -240,13 +241,6 @@ def _hardware(args: ScFoundationTrainingArguments) -> str:
     if args.device.type == "cuda":
         return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     return f"{os.cpu_count()} cores of {platform.processor() or platform.machine()} ({args.device.type})"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def main() -> None:
