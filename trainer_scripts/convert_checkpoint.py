@@ -5,7 +5,6 @@ python -m scfoundation_hf.trainer_scripts.convert_checkpoint models.ckpt scfound
 
 import argparse
 import json
-import tempfile
 from os import PathLike
 from pathlib import Path
 
@@ -24,6 +23,9 @@ from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFounda
 from scfoundation_hf.modeling_scfoundation.saving import share_weights
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
+from .model_card import OFFICIAL_LICENCE, TAGS
+from .output_folder import check_output_folder, replacing
+
 PURPOSES = {
     "cell": "cell embeddings",
     "rde": "cell embeddings after read-depth enhancement",
@@ -31,7 +33,6 @@ PURPOSES = {
 }
 ORIGINAL_CONFIG_FILE = "original_config.json"
 UNUSED_TENSORS_FILE = "original_unused_tensors.safetensors"
-LICENSE_LINK = "https://github.com/biomap-research/scFoundation/blob/main/MODEL_LICENSE"
 CARD = """---
 {metadata}
 ---
@@ -90,7 +91,7 @@ def convert_checkpoint(
     if key not in CHECKPOINT_KEYS:
         raise ValueError(f"There is no key {key!r}; choose {', '.join(CHECKPOINT_KEYS)}.")
     target = Path(output)
-    _check_target(target, overwrite=overwrite)
+    check_output_folder(target, maker="a conversion", made_file=ORIGINAL_CONFIG_FILE, overwrite=overwrite)
     original = read_official_checkpoint(checkpoint, key=key)
     config = convert_config(original.config, original.tensors)
     tokenizer = ScFoundationTokenizer()
@@ -101,8 +102,7 @@ def convert_checkpoint(
     model = ScFoundationForPreTraining(config)
     model.load_state_dict(convert_tensors(original.tensors, config))
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        folder = Path(temporary) / "model"
+    with replacing(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         stored_config = json.dumps(original.config, indent=2, ensure_ascii=False)
@@ -111,37 +111,17 @@ def convert_checkpoint(
         save_file(unused, folder / UNUSED_TENSORS_FILE)
         _make_card(key, model.num_parameters()).save(folder / "README.md")
         share_weights(folder)
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        folder.rename(target)
     return target
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {target.parent} of the output does not exist; make it first.")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
-    if not (target / ORIGINAL_CONFIG_FILE).is_file():
-        raise FileExistsError(f"{target} was not made by a conversion, so it is not overwritten; remove it yourself.")
-
-
 def _make_card(key: CheckpointKey, num_parameters: int) -> ModelCard:
-    metadata = ModelCardData(
-        license="other",
-        license_name="scfoundation-model-license-non-commercial",
-        license_link=LICENSE_LINK,
-        library_name="transformers",
-        tags=["biology", "single-cell", "transcriptomics", "scfoundation"],
-    )
+    metadata = ModelCardData(**OFFICIAL_LICENCE, library_name="transformers", tags=TAGS)
     content = CARD.format(
         metadata=metadata.to_yaml(),
         key=key,
         purpose=PURPOSES[key],
         parameters=num_parameters,
-        license_link=LICENSE_LINK,
+        license_link=OFFICIAL_LICENCE["license_link"],
     )
     return ModelCard(content)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from scfoundation_hf.inference.model_folder import check_weights, read_config, weights_files
+from scfoundation_hf.inference.writer import check_free
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import (
     CHECKPOINT_KEYS,
     PREFIX,
@@ -41,8 +42,7 @@ def restore_checkpoint(
     target = Path(output)
     if not models:
         raise ValueError(f"No model was given to write to {target}: name a folder for cell, rde or gene.")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
+    check_free(target, overwrite=overwrite)
     content = {key: _original(Path(models[key])) for key in CHECKPOINT_KEYS if key in models}
     unfinished = target.with_name(f".{target.name}.unfinished")
     torch.save(content, unfinished)

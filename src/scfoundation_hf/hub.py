@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFounda
 from scfoundation_hf.tokenization import tokenization_scfoundation
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 from scfoundation_hf.trainer_scripts.model_card import card_of_folder
+from scfoundation_hf.trainer_scripts.output_folder import check_output_folder, replacing
 
 # Weights, data and text. Not what torch.save writes (training_args.bin, optimizer.pt): those are pickles.
 PUBLISHED_SUFFIXES = {".csv", ".json", ".jsonl", ".md", ".npy", ".png", ".safetensors", ".svg", ".tsv", ".txt", ".yaml"}
@@ -91,19 +91,17 @@ def export(model: str | PathLike[str], output: str | PathLike[str], *, overwrite
     Raises: as `prepare`; FileExistsError: if `output` exists, and with `overwrite`, if it is no export.
     """
     target = Path(output)
-    _check_target(target, Path(model), overwrite=overwrite)
+    if target.exists() and target.resolve() == Path(model).resolve():
+        raise ValueError(f"{target} is the model itself; choose another output.")
+    check_output_folder(target, maker="an export", made_file="modeling_scfoundation.py", overwrite=overwrite)
     publication = prepare(model)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        folder = Path(temporary) / "export"
-        folder.mkdir()
+    with replacing(target) as folder:
         for name, content in publication.files.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
                 shutil.copyfile(content, folder / name)
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        return folder.rename(target)
+    return target
 
 
 def push(
@@ -153,19 +151,6 @@ def _with_auto_map(path: Path, auto_map: dict[str, Any]) -> bytes:
         )
     content = json.loads(path.read_text(encoding="utf-8"))
     return (json.dumps({**content, "auto_map": auto_map}, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {target.parent} of the output does not exist; make it first.")
-    if not target.exists():
-        return
-    if target.resolve() == source.resolve():
-        raise ValueError(f"{target} is the model itself; choose another output.")
-    if not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
-    if not (target / "modeling_scfoundation.py").is_file():
-        raise FileExistsError(f"{target} was not made by an export, so it is not overwritten; remove it yourself.")
 
 
 @contextmanager

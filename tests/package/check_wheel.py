@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -54,15 +55,8 @@ def check(wheel: Path) -> None:
 def expected_sources() -> list[Path]:
     """Every module of the repository, under the name it has in the wheel."""
     root = Path(__file__).resolve().parents[2]
-    folders = [
-        "configuration",
-        "corpus",
-        "evaluation",
-        "inference",
-        "modeling_scfoundation",
-        "tokenization",
-        "trainer_scripts",
-    ]
+    mapping = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
+    folders = [folder for package, folder in mapping.items() if package != "scfoundation_hf"]
     mapped = [path.relative_to(root) for folder in folders for path in (root / folder).rglob("*.py")]
     face = [path.relative_to(root / "src" / "scfoundation_hf") for path in (root / "src").rglob("*.py")]
     return [Path("scfoundation_hf") / path for path in mapped + face]

@@ -7,7 +7,6 @@ python -m scfoundation_hf.trainer_scripts.benchmarks.pretraining CORPUS OUT --mo
 import argparse
 import json
 import math
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from scfoundation_hf.corpus.manifest import CorpusManifest, read_duplicates
 from scfoundation_hf.corpus.streaming import CorpusStream
-from scfoundation_hf.evaluation.baselines import BASELINES, MatrixFactorisation, VisibleCells, select_cells
+from scfoundation_hf.evaluation.baselines import BASELINES, MatrixFactorisation, VisibleCells
 from scfoundation_hf.evaluation.expression_errors import SUMS, ExpressionErrors, error_sums, measures
 from scfoundation_hf.evaluation.paired_comparison import compare_squared_errors
 from scfoundation_hf.inference.loading import parse_device
@@ -34,6 +33,7 @@ from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFounda
 from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.read_depth_aware import RECIPES
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+from scfoundation_hf.trainer_scripts.output_folder import check_output_folder, replacing
 
 from .scaling_figure import draw_scaling, read_curve
 from .tables import as_markdown
@@ -83,7 +83,7 @@ def benchmark_pretraining(
         FileExistsError, FileNotFoundError: as the names say.
     """
     target = Path(output)
-    _check_target(target, overwrite=overwrite)
+    check_output_folder(target, maker="this benchmark", made_file=RESULTS_NAME, overwrite=overwrite)
     for recipe in recipes:
         if recipe not in RECIPES:
             raise ValueError(f"There is no recipe {recipe!r}; choose {', '.join(RECIPES)}.")
@@ -121,9 +121,7 @@ def benchmark_pretraining(
     results["runs"] = [
         {"name": curve.name, "flops": curve.flops.tolist(), "losses": curve.losses.tolist()} for curve in curves
     ]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        folder = Path(temporary) / "results"
-        folder.mkdir()
+    with replacing(target) as folder:
         content = json.dumps(_without_nan(results), indent=1, allow_nan=False)
         (folder / RESULTS_NAME).write_text(content + "\n", encoding="utf-8")
         (folder / TABLES_NAME).write_text(as_markdown(results), encoding="utf-8")
@@ -132,9 +130,6 @@ def benchmark_pretraining(
             comparable = all(curve.masking == recipes[0] for curve in curves)
             levels = {name: first[name]["mse"] for name in first if name not in loaded} if comparable else {}
             draw_scaling(curves, levels, folder / FIGURE_NAME)
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        folder.rename(target)
     return target
 
 
@@ -172,7 +167,7 @@ class CellErrors:
                 left = num_cells - len(self.cell_ids)
                 if left <= 0:
                     break
-                taken = select_cells(cells, np.arange(min(left, len(cells))))
+                taken = cells.select(np.arange(min(left, len(cells))))
                 batch = self.collator(taken)
                 for name, predict in self.predictors.items():
                     sums[name].append(error_sums(predict(batch), batch["labels"]))
@@ -270,7 +265,7 @@ def sample_cells(stream: CorpusStream, num_cells: int) -> list[RawCells]:
         ranks = np.array([zlib.crc32(str(cell_id).encode()) for cell_id in cells.cell_ids]) / 2**32
         chosen = np.flatnonzero(ranks < share)
         if len(chosen):
-            sample.append(select_cells(cells, chosen))
+            sample.append(cells.select(chosen))
     return sample
 
 
@@ -317,17 +312,6 @@ def _common_tokenizer(folders: Mapping[str, Path]) -> ScFoundationTokenizer:
         if tokenizers[other].vocabulary.symbols != tokenizers[first].vocabulary.symbols:
             raise ValueError(f"{first} and {other} have different gene vocabularies; measure them apart.")
     return tokenizers[first]
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {target.parent} of the output does not exist; make it first.")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True (--overwrite), or choose another name.")
-    if not (target / RESULTS_NAME).is_file():
-        raise FileExistsError(f"{target} was not made by this benchmark, so it is not overwritten; remove it yourself.")
 
 
 def _without_nan(value: Any) -> Any:
