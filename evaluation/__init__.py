@@ -1,0 +1,1 @@
+"""How good predictions are: errors, baselines, comparisons, and what the computation costs."""
