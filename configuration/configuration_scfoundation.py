@@ -51,8 +51,8 @@ class ScFoundationConfig(PreTrainedConfig):
         bin_alpha: weight of the residual path in the value embedding's bin scores.
         layer_norm_eps: epsilon of every layer norm.
         initializer_range: standard deviation of freshly drawn projections.
-        embedding_initializer_range: standard deviation of freshly drawn tables (genes, bins, mask) and of the
-            first layer of the value embedding; 1, as the original's tables are drawn.
+        embedding_initializer_range: standard deviation of the freshly drawn gene table and mask embedding; 1, as
+            the original draws all its tables. The value embedding is always drawn at 1.
         pad_token_id: id of padding; always `num_genes + 2`.
         classifier_pooling: what the classification head sees of a cell: "max" over all tokens, as the released
             fine-tuning script, or "all", the four concatenated pools [S, T, max, mean over genes].

@@ -10,6 +10,7 @@ equations.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
@@ -30,6 +31,8 @@ from .linear_attention import (
 # Sums that a cell does not have are subtracted from those of all zero genes. Float32 bears that while the largest
 # logit subtracted is not far above the largest one left: e^4 costs two of seven digits.
 LARGEST_SUBTRACTED_LOGIT = 4.0
+# Entries of the feed-forward's wide activations held at once on a CPU: memory is slower than computing them again.
+CPU_WIDE_BUDGET = 2**19
 
 
 class ScFoundationLinearAttention(nn.Module):
@@ -189,6 +192,19 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         return place_genes(zero_states + of_zeros, placed_states + of_placed, placed_ids)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """`(B, S, E)` to `(B, S, E)`; on a CPU never more of its wide activations at once than its cache holds."""
+        rows = hidden_states.flatten(0, 1)
+        chunk_size = max(CPU_WIDE_BUDGET // self.up_proj.out_features, 1)
+        if rows.device.type != "cpu" or len(rows) <= chunk_size or torch.compiler.is_compiling():
+            return self._feed_forward_rows(hidden_states)
+        chunks = rows.split(chunk_size)
+        if torch.is_grad_enabled():
+            done = [checkpoint(self._feed_forward_rows, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            done = [self._feed_forward_rows(chunk) for chunk in chunks]
+        return torch.cat(done).view_as(hidden_states)
+
+    def _feed_forward_rows(self, hidden_states: Tensor) -> Tensor:
         transformed = self.activation(self.up_proj(self.feed_forward_norm(hidden_states)))
         return hidden_states + self.down_proj(transformed)
 

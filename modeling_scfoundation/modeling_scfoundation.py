@@ -90,10 +90,10 @@ class ScFoundationPreTrainedModel(SavedWithCode, PreTrainedModel):
             init.normal_(module.weight, std=table_std)
         elif isinstance(module, ScFoundationBinScores):
             # Drawn wide: with small first weights every value would fall into the same mixture of bins.
-            init.normal_(module.weight, std=table_std)
-            init.normal_(module.bias, std=table_std)
+            init.normal_(module.weight)
+            init.normal_(module.bias)
         elif isinstance(module, ScFoundationValueEmbedding):
-            init.normal_(module.bin_embeddings, std=table_std)
+            init.normal_(module.bin_embeddings)
             init.normal_(module.mask_embedding, std=table_std)
         elif isinstance(module, ScFoundationLinearAttention):
             init.copy_(module.projection, draw_orthogonal_projection(*module.projection.shape))

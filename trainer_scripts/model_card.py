@@ -1,6 +1,6 @@
 """The model card of a model folder, filled in from what lies in it: configuration, training report, data manifest.
 
-python -m scfoundation_hf.trainer_scripts.model_card FOLDER > model_card.md
+python -m scfoundation_hf.trainer_scripts.model_card FOLDER [--results results.json] > model_card.md
 """
 
 import argparse
@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils.hub import cached_file
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.corpus.lookup import MANIFEST_FILE, MEMBERS_FILE, TrainingCells
+from scfoundation_hf.corpus.whole_files import write_json
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
 REPORT_FILE = "training_report.json"
+ORIGINAL_CONFIG_FILE = "original_config.json"  # only `scfoundation convert` writes it
 TAGS = ["biology", "single-cell", "transcriptomics", "scfoundation"]
 # The weights that `scfoundation convert` makes, and all that is trained from them.
 OFFICIAL_LICENCE: dict[str, Any] = {
@@ -51,7 +54,9 @@ def make_model_card(
         manifest: of the corpus, whose `sources` are listed.
         training_cells: the fingerprints that ship with the model.
     """
-    stated: dict[str, Any] = {} if base_folder is None else _licence(base_folder)
+    stated: dict[str, Any] = {} if base_folder is None else licence_of(base_folder)
+    if not stated and report.get("license"):
+        stated = {"license": report["license"]}
     if report.get("emissions"):
         stated["co2_eq_emissions"] = _emissions(report)
     validation = report.get("validation") or {}
@@ -84,7 +89,7 @@ def card_of_folder(folder: str | PathLike[str]) -> ModelCard:
     folder = Path(folder)
     members = TrainingCells.load(folder / MEMBERS_FILE) if (folder / MEMBERS_FILE).is_file() else None
     manifest = _read(folder / MANIFEST_FILE)
-    is_official = (folder / "original_config.json").is_file()
+    is_official = (folder / ORIGINAL_CONFIG_FILE).is_file()
     if (report := _read(folder / REPORT_FILE)) is not None:
         return make_model_card(
             report, base_folder=folder if is_official else None, manifest=manifest, training_cells=members
@@ -104,6 +109,34 @@ def card_of_folder(folder: str | PathLike[str]) -> ModelCard:
     )
 
 
+def record_results(folder: str | PathLike[str], results: str | PathLike[str], *, recipe: str = "released") -> None:
+    """Take what `benchmark_pretraining` measured of a model and of the baselines into its report and its card.
+
+    Args:
+        folder: folder of a pretrained model that was among those measured.
+        results: the `results.json`.
+        recipe: which of the recipes measured.
+    Raises: ValueError: if the model or the recipe was not measured, or the model is no pretrained one.
+    """
+    folder, results = Path(folder).resolve(), Path(results)
+    measured = json.loads(results.read_text(encoding="utf-8"))
+    if recipe not in measured["recipes"]:
+        raise ValueError(f"{results} has no recipe {recipe!r}, only: {', '.join(measured['recipes'])}.")
+    predictors = measured["recipes"][recipe]["predictors"]
+    if folder.name not in measured["models"]:
+        raise ValueError(f"{results} has no model {folder.name!r}, only: {', '.join(measured['models'])}.")
+    report = _read(folder / REPORT_FILE)
+    if report is None:
+        raise ValueError(f"{folder} has no {REPORT_FILE}, so nothing says how its model was pretrained.")
+    own = {f"eval_{name}": value for name, value in predictors[folder.name].items()}
+    own["eval_loss"] = own.pop("eval_mse")
+    own["eval_num_cells"] = measured["recipes"][recipe]["num_cells"]
+    report["validation"] = own
+    report["baselines"] = {name: values for name, values in predictors.items() if name not in measured["models"]}
+    write_json(folder / REPORT_FILE, report)
+    card_of_folder(folder).save(folder / "README.md")
+
+
 def _fill(data: ModelCardData, **values: Any) -> ModelCard:
     template = resources.files("scfoundation_hf.trainer_scripts").joinpath("model_card_template.md")
     is_official = data.to_dict().get("license_name") == OFFICIAL_LICENCE["license_name"]
@@ -111,19 +144,36 @@ def _fill(data: ModelCardData, **values: Any) -> ModelCard:
         data,
         template_str=template.read_text(encoding="utf-8"),
         is_official=is_official,
+        licence=data.to_dict().get("license"),
         licence_link=OFFICIAL_LICENCE["license_link"],
         **values,
     )
 
 
-def _licence(folder: Path) -> dict[str, Any]:
-    """What the card of the base model says of its licence; the official one's is known without a card."""
-    if (folder / "original_config.json").is_file():
+def licence_of(model: str | PathLike[str]) -> dict[str, Any]:
+    """What the card of a model, a folder or Hub id, says of its licence; the official one's is known without a card."""
+    if _find(model, ORIGINAL_CONFIG_FILE) is not None:
         return OFFICIAL_LICENCE
-    if not (folder / "README.md").is_file():
+    card = _find(model, "README.md")
+    if card is None:
         return {}
-    stated = ModelCard.load(folder / "README.md").data.to_dict()
+    stated = ModelCard.load(card).data.to_dict()
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
+
+
+def _find(model: str | PathLike[str], name: str) -> Path | None:
+    """A file of a folder or, for what may be a Hub id, of a repository."""
+    if Path(model).is_dir() or str(model).count("/") != 1:
+        path = Path(model) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        str(model),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _emissions(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +191,14 @@ def _read(path: Path) -> Any:
 
 
 def main() -> None:
-    """Print the card of a folder."""
+    """Print the card of a folder, with the results of a benchmark taken into the folder first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(card_of_folder(parser.parse_args().folder))
+    parser.add_argument("--results", type=Path, help="of `scfoundation benchmark pretraining`")
+    arguments = parser.parse_args()
+    if arguments.results is not None:
+        record_results(arguments.folder, arguments.results)
+    print(card_of_folder(arguments.folder))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwar
 from scfoundation_hf.tokenization.read_depth_aware import ReadDepthAwareRecipe
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
-from .model_card import REPORT_FILE, make_model_card
+from .model_card import REPORT_FILE, licence_of, make_model_card
 from .pretraining_config import PretrainingConfig, read_config
 from .trainer import UNFINISHED, ScFoundationTrainer
 from .training_args import ScFoundationTrainingArguments
@@ -79,6 +79,7 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
         config = read_config(config)
     args = config.training
     folder = Path(args.output_dir or "")
+    _check_licence(config)
     logging.disable_progress_bar()  # one for each checkpoint's file; the bar of the training is not among them
     with args.main_process_first(local=False):
         if args.should_save:
@@ -111,6 +112,15 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
         raise RuntimeError(f"{error}\nRun the same command again to go on from {saved}.") from error
     _finish(trainer, config)
     return folder
+
+
+def _check_licence(config: PretrainingConfig) -> None:
+    stated = {} if config.model.lower() in PRESETS else licence_of(config.model)
+    if stated and config.license is not None:
+        raise ValueError(
+            f"The weights of {config.model} are licensed as {stated.get('license_name', stated['license'])}, which "
+            f"holds for what is trained from them; leave out license {config.license!r}."
+        )
 
 
 def load_model(config: PretrainingConfig) -> tuple[ScFoundationForPreTraining, ScFoundationTokenizer]:
@@ -219,6 +229,7 @@ def make_report(trainer: ScFoundationTrainer, config: PretrainingConfig) -> dict
     validation = [line for line in state.log_history if "eval_loss" in line]
     return {
         "base_model": None if config.model.lower() in PRESETS else config.model,
+        "license": config.license,
         "settings": _settings(config),
         "corpus": {"train_cells": trainer.train_stream.num_cells},
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -25,6 +25,8 @@ class PretrainingConfig:
         model: a preset ("3m", "10m", "100m"), or the folder or Hub id of a model to continue from.
         model_overrides: fields of the model's configuration to set differently.
         attn_implementation: attention backend of the encoder, such as "flash_attention_2"; default: sdpa.
+        license: of the weights, as the Hub names it ("cc-by-4.0"), for the model card; that of a model to continue from
+            holds for what is made of it.
         overwrite: throw away the run that `output_dir` holds instead of continuing it.
     """
 
@@ -33,6 +35,7 @@ class PretrainingConfig:
     model: str = "100m"
     model_overrides: dict[str, Any] = field(default_factory=dict)
     attn_implementation: str | None = None
+    license: str | None = None
     overwrite: bool = False
 
     @classmethod
@@ -92,8 +95,8 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in _recipes().iterdir() if file.name.endswith(".yaml"))
+    """The recipes for pretraining that come with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in _recipes().iterdir() if file.name.startswith("pretrain-"))
 
 
 def _recipes() -> Any:

@@ -72,9 +72,14 @@ def _whole_feature_maps(model: ScFoundationForPreTraining) -> AbstractContextMan
     return patch.object(decoder_module, "streaming_favor_attention", attend)
 
 
+def _whole_feed_forward(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    return patch.object(decoder_module, "CPU_WIDE_BUDGET", 2**62)
+
+
 FAST_PATHS: tuple[FastPath, ...] = (
     FastPath("attention without its weights (SDPA)", ("embed", *DECODING), _eager_attention),
     FastPath("zero genes computed once (first decoder layer)", DECODING, _own_zeros),
     FastPath("only the targets asked (last decoder layer)", ("train",), _every_position_to_the_end),
     FastPath("feature maps streamed", DECODING, _whole_feature_maps),
+    FastPath("the decoder's feed-forward in chunks (on a CPU)", DECODING, _whole_feed_forward),
 )

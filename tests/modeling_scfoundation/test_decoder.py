@@ -147,6 +147,31 @@ def test_a_gene_that_outshines_all_others_is_not_subtracted(decoder, inputs):
         torch.testing.assert_close(decoder(**inputs), plainly(decoder, inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_feed_forward_in_chunks_is_the_same_forward_and_backward(small_config, monkeypatch):
+    layer = randomise(ScFoundationDecoderLayer(small_config))
+    states = torch.randn(2, 11, small_config.decoder_hidden_size, requires_grad=True)
+    rows = []
+    layer.up_proj.register_forward_hook(lambda module, inputs, output: rows.append(output.numel()))
+    leaves = [states, *(parameter for name, parameter in layer.named_parameters() if "attention" not in name)]
+    direction = torch.randn(2, 11, small_config.decoder_hidden_size)
+
+    def run() -> list[torch.Tensor]:
+        result = layer._feed_forward(states)
+        return [result, *torch.autograd.grad(result, leaves, direction)]
+
+    whole = run()
+    budget = 5 * small_config.decoder_intermediate_size
+    monkeypatch.setattr(decoder_module, "CPU_WIDE_BUDGET", budget)
+    rows.clear()
+    in_chunks = run()
+    assert len(rows) == 10  # five chunks, and again for the gradients
+    assert max(rows) <= budget
+    with torch.no_grad():
+        in_chunks.append(layer._feed_forward(states))
+    for ours, theirs in zip(in_chunks, [*whole, whole[0]], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_every_position_gets_its_own_state(inputs):
     """Zero genes keep theirs, visible and hidden ones are replaced, padding touches nothing."""
     zeros = inputs["zero_states"].expand(2, -1, -1)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from scfoundation_hf import ScFoundationConfig, ScFoundationForPreTraining
 from scfoundation_hf.corpus.lookup import MEMBERS_FILE, TrainingCells
 from scfoundation_hf.trainer_scripts import model_card
-from scfoundation_hf.trainer_scripts.model_card import card_of_folder, make_model_card
+from scfoundation_hf.trainer_scripts.model_card import card_of_folder, make_model_card, record_results
 
 MEASURES = {"mae": 0.4, "mse_nonzero": 0.9, "mae_nonzero": 0.7, "mre_nonzero": 0.5, "pearson": 0.81}
 MEASURES |= {"pearson_nonzero": 0.62, "mse_zero": 0.1, "mae_zero": 0.2}
@@ -77,6 +77,12 @@ def test_baselines_and_emissions_are_shown_when_the_report_has_them():
     assert card.data.to_dict()["co2_eq_emissions"]["training_type"] == "pre-training"
 
 
+def test_the_licence_that_a_run_states():
+    card = make_model_card(REPORT | {"license": "cc-by-4.0"})
+    assert card.data.license == "cc-by-4.0"
+    assert "The weights: cc-by-4.0." in card.text
+
+
 def test_a_run_without_validation():
     card = make_model_card(REPORT | {"validation": None})
     assert card.data.eval_results is None
@@ -110,6 +116,42 @@ def test_the_card_of_a_folder_is_made_of_its_files(tiny_model_dir, tmp_path, cap
     monkeypatch.setattr(sys, "argv", ["model_card", str(folder)])
     model_card.main()
     assert capsys.readouterr().out == f"{card}\n"
+
+
+@pytest.fixture
+def measured(tiny_model_dir, tmp_path) -> tuple:
+    """A model folder with a report, and results that name it."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / "training_report.json").write_text(json.dumps(REPORT))
+    predictors = {"model": {"mse": 0.2} | MEASURES, "gene mean": {"mse": 0.7} | MEASURES}
+    content = {"models": {"model": {}}, "recipes": {"released": {"num_cells": 1435, "predictors": predictors}}}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(content))
+    return folder, results
+
+
+def test_the_results_of_a_benchmark_are_taken_into_report_and_card(measured, monkeypatch, capsys):
+    folder, results = measured
+    monkeypatch.setattr(sys, "argv", ["model_card", str(folder), "--results", str(results)])
+    model_card.main()
+    text = capsys.readouterr().out
+    assert "Hidden genes of 1,435 cells" in text
+    assert "| this model | 0.2000 | 0.9000 | 0.810 | 0.620 |" in text
+    assert "| gene mean | 0.7000 | 0.9000 | 0.810 | 0.620 |" in text
+    assert ModelCard.load(folder / "README.md").content == text.removesuffix("\n")
+    assert json.loads((folder / "training_report.json").read_text())["steps"] == REPORT["steps"]
+
+
+def test_results_of_something_else_are_not_taken(measured, tmp_path):
+    folder, results = measured
+    with pytest.raises(ValueError, match="no recipe 'paper', only: released"):
+        record_results(folder, results, recipe="paper")
+    with pytest.raises(ValueError, match="no model 'other', only: model"):
+        record_results(folder.rename(tmp_path / "other"), results)
+    bare = shutil.copytree(tmp_path / "other", tmp_path / "again" / "model")
+    (bare / "training_report.json").unlink()
+    with pytest.raises(ValueError, match=r"has no training_report\.json"):
+        record_results(bare, results)
 
 
 def test_the_number_of_parameters_is_that_of_the_model(tiny_model_dir, tiny_config):

@@ -142,6 +142,12 @@ def test_pretraining_continues_from_a_converted_official_checkpoint(make_config,
     assert f"continued from `{original}`" in card.text
 
 
+def test_the_licence_of_a_model_to_continue_from_is_not_replaced(make_config, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Base\n")
+    with pytest.raises(ValueError, match=r"are licensed as cc-by-nc-4.0.*leave out license 'mit'"):
+        pretrain(make_config(model=str(tmp_path), model_overrides={}, license="mit"))
+
+
 def test_a_model_without_its_decoder_is_refused(make_config, tiny_config, tmp_path):
     ScFoundationModel(tiny_config).save_pretrained(tmp_path / "encoder")
     scfoundation_hf.ScFoundationTokenizer().save_pretrained(tmp_path / "encoder")
