@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,analysis,onnx,dev
+EXTRAS := train,analysis,onnx,annotate,mapping,dev
 
 # A strict editable install links file by file, so it is made anew when the list of source files changes.
 SOURCE_FOLDERS := src configuration tokenization modeling_scfoundation corpus inference evaluation trainer_scripts
@@ -16,7 +16,7 @@ help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .PHONY: setup
-setup: $(INSTALLED)  ## Create .venv and install the package with all extras but [gpu], and xFormers; quick when nothing changed
+setup: $(INSTALLED)  ## Create .venv and install the package with all extras but [gpu] and the peers of benchmarks, and xFormers; quick when nothing changed
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ $(INSTALLED): $(VENV)/.dependencies
 	@touch $@
 
 .PHONY: demo
-demo: setup  ## Embed real cells with a small untrained model; writes demo_output/ with a picture
+demo: setup  ## Embed real cells with the small reference model; writes demo_output/ with a picture
 	$(BIN)/python examples/demo.py
 
 .PHONY: test

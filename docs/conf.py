@@ -10,7 +10,7 @@ project_copyright = author
 release = version = installed_version("scfoundation-hf")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks/*/*.md"]  # tables that pages include
 
 html_theme = "furo"
 html_title = f"scfoundation-hf {release}"

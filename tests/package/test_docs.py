@@ -2,8 +2,8 @@
 
 Every ```python block of docs/*.md and README.md is run, in order and in one process per file, unless the line
 before it is `<!-- not run: REASON -->`. The working directory holds `cells.h5ad` (80 of the example cells, so that
-it is quick) and untrained models of the 3M size: `scfoundation-3m` for docs/, `untrained-3m` for the README. Lines that
-begin with the command `scfoundation` are not run, but their options must exist.
+it is quick) and the reference model: as `scfoundation-3m` for docs/, as `examples/reference-model` for the README. Lines
+that begin with the command `scfoundation` are not run, but their options must exist.
 """
 
 import importlib.util
@@ -19,10 +19,8 @@ from typing import NamedTuple
 
 import anndata
 import pytest
-import torch
 import typer
 
-import scfoundation_hf
 from scfoundation_hf.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,11 +67,8 @@ def names(pages: list[Path]) -> list[str]:
 def workplace(example_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     anndata.read_h5ad(example_cells)[::10].copy().write_h5ad(folder / "cells.h5ad")
-    torch.manual_seed(0)
-    config = scfoundation_hf.ScFoundationConfig.from_preset("3m")
-    scfoundation_hf.ScFoundationForPreTraining(config).save_pretrained(folder / "scfoundation-3m")
-    scfoundation_hf.ScFoundationTokenizer().save_pretrained(folder / "scfoundation-3m")
-    shutil.copytree(folder / "scfoundation-3m", folder / "untrained-3m")
+    for name in ("scfoundation-3m", "examples/reference-model"):
+        shutil.copytree(ROOT / "examples" / "reference-model", folder / name)
     return folder
 
 
