@@ -3,6 +3,7 @@
 The form transformers' users know, for scripts and services.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers.pipelines.base import ChunkPipeline
 
 from scfoundation_hf.tokenization.data_collator import as_tensors, pack_cells
 from scfoundation_hf.tokenization.tokenization_scfoundation import CellData
+
+from .calibration import Calibration
 
 TASK = "cell-annotation"
 ENTRIES_PER_BATCH = 8_192
@@ -25,13 +28,18 @@ class CellAnnotationPipeline(ChunkPipeline):
     asks for the best k types of each cell.
 
     Gives one entry a cell, in order: `{"label", "score"}`, or with `top_k` a list of them; None for cells that are
-    left out (`on_empty_cell="nan"`, `min_genes`).
+    left out (`on_empty_cell="nan"`, `min_genes`). Scores are calibrated where the model's folder holds a
+    `calibration.json`, and then those of `annotate`; the verdict "unassigned" is given by `annotate` only.
     """
 
     _load_tokenizer: Any = True
     _load_processor: Any = False
     _load_image_processor: Any = False
     _load_feature_extractor: Any = False
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return Calibration.load(self.model) or Calibration(temperature=1.0, unassigned_below=0.0)
 
     def _sanitize_parameters(self, top_k: int | None = None, **input_options: Any) -> tuple[dict, dict, dict]:
         if top_k is not None and top_k < 1:
@@ -61,7 +69,7 @@ class CellAnnotationPipeline(ChunkPipeline):
         names: Any = self.model.config.id2label
         results: list[Any] = []
         for output in model_outputs:
-            scores, classes = output["logits"].float().softmax(dim=-1).sort(dim=-1, descending=True)
+            scores, classes = self._calibration.probabilities(output["logits"]).sort(dim=-1, descending=True)
             ranked = [
                 [{"label": names[int(number)], "score": float(score)} for number, score in zip(*cell, strict=True)]
                 for cell in zip(classes[:, : top_k or 1], scores[:, : top_k or 1], strict=True)

@@ -170,21 +170,34 @@ class CellJob:
     def add_to(
         self, data: Any, *, key_added: str, source: Path | None, target: Path | None, overwrite: bool
     ) -> AnnData | Path:
-        """Put the results, and what became of the cells, into the AnnData or a copy of the file; returns that."""
-        self.announce()
-        if source is None or target is None:
-            data.obsm[key_added] = self.gather()
-            data.obs[f"{key_added}_counts_kept"] = self.prepared.counts_kept_per_cell
-            data.uns.setdefault("scfoundation", {})[key_added] = self.record()
-            return data
+        """Put the rows, and what became of the cells, into the AnnData or a copy of the file; returns that."""
 
-        def finish(rows: StoredRows, folder: Path) -> None:
-            results = CellResults(
+        def results(rows: np.ndarray | StoredRows) -> CellResults:
+            return CellResults(
                 obsm={key_added: rows},
                 obs={f"{key_added}_counts_kept": self.prepared.counts_kept_per_cell},
                 uns={key_added: self.record()},
             )
-            write_results(source, target, results, folder=folder, overwrite=overwrite)
+
+        return self.add_results(data, results, source=source, target=target, overwrite=overwrite)
+
+    def add_results(
+        self,
+        data: Any,
+        results: Callable[[np.ndarray | StoredRows], CellResults],
+        *,
+        source: Path | None,
+        target: Path | None,
+        overwrite: bool,
+    ) -> AnnData | Path:
+        """Put what `results` makes of all rows into the AnnData or a copy of the file; returns that."""
+        self.announce()
+        if source is None or target is None:
+            results(self.gather()).add_to(data)
+            return data
+
+        def finish(rows: StoredRows, folder: Path) -> None:
+            write_results(source, target, results(rows), folder=folder, overwrite=overwrite)
 
         self.write(source, target, finish=finish)
         return target

@@ -100,7 +100,7 @@ def embed(
             job = CellJob(
                 loaded,
                 prepared,
-                compute=lambda cells: _embed_batch(loaded.model, cells, pooling),
+                compute=lambda cells: embed_batch(loaded.model, cells, pooling),
                 row_shape=(loaded.model.config.hidden_size * (4 if pooling == "all" else 1),),
                 dtype=np.dtype(np.float32),
                 settings={"pooling": pooling},
@@ -115,6 +115,7 @@ def embed(
 
 
 @torch.inference_mode()
-def _embed_batch(model: ScFoundationModel, cells: EncodedCells, pooling: PoolingMode) -> np.ndarray:
+def embed_batch(model: ScFoundationModel, cells: EncodedCells, pooling: PoolingMode) -> np.ndarray:
+    """Pooled embeddings of some cells, float32 `(cells, 4 D)`, or `(cells, D)` for "max"."""
     pooled = model(**packed_on(model.device, cells)).pooler_output
     return (pooled if pooling == "all" else max_of_pooled(pooled)).float().cpu().numpy()

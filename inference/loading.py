@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import (
+    ScFoundationForCellClassification,
     ScFoundationForPreTraining,
     ScFoundationModel,
+    ScFoundationPreTrainedModel,
 )
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
@@ -23,7 +25,16 @@ from .many_processes import ALONE, Processes
 ModelSource = str | PathLike[str] | PreTrainedModel
 DtypeName = Literal["float32", "bfloat16", "float16"]
 ValuesDtype = Literal["float32", "float16"]  # of a stored result
-ModelT = TypeVar("ModelT", ScFoundationModel, ScFoundationForPreTraining)
+ModelT = TypeVar("ModelT", ScFoundationModel, ScFoundationForPreTraining, ScFoundationForCellClassification)
+_PARTS = {
+    "ScFoundationModel": "encoder",
+    "ScFoundationForPreTraining": "encoder and decoder",
+    "ScFoundationForCellClassification": "encoder and classification head",
+}
+_NO_CLASSIFIER = (
+    "has no classification head to name cell types with: fine-tune one (`scfoundation finetune`), or pass reference=, "
+    "labelled cells to compare with (`scfoundation index`)."
+)
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
 
 
@@ -38,10 +49,15 @@ class LoadedModel(Generic[ModelT]):
 
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights: the same for the same numbers, wherever they came from."""
-        digest = hashlib.sha256(self.model.config.to_json_string(use_diff=False).encode())
+        configuration = self.model.config.to_json_string(use_diff=False)
+        return hashlib.sha256(f"{configuration}{self.weights_sha256()}".encode()).hexdigest()
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of names and values of all tensors, as they are on the device."""
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -91,6 +107,47 @@ def load_with_decoder(
     return _load(model, ScFoundationForPreTraining, device=device, dtype=dtype, processes=processes)
 
 
+def load_classifier(
+    model: ModelSource,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    processes: Processes = ALONE,
+) -> LoadedModel[ScFoundationForCellClassification]:
+    """Make a model ready to name cell types; arguments and errors are those of `load_encoder`.
+
+    Raises: ValueError: also for a model without classification head, or whose configuration names no types.
+    """
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(model, ScFoundationForCellClassification):
+            raise ValueError(f"A {type(model).__name__} {_NO_CLASSIFIER}")
+        return _check_types_named(_use_loaded(model, device=device, dtype=dtype))
+    _check_model_type(str(model))
+    config = ScFoundationConfig.from_pretrained(str(model))
+    if ScFoundationForCellClassification.__name__ not in (config.architectures or []):
+        raise ValueError(f"The model in {model} {_NO_CLASSIFIER}")
+    loaded = _load(model, ScFoundationForCellClassification, device=device, dtype=dtype, processes=processes)
+    return _check_types_named(loaded)
+
+
+def cell_types_of(model: ScFoundationForCellClassification) -> list[str]:
+    """The types that a classifier names, in the order of its logits."""
+    names: Any = model.config.id2label
+    return [names[number] for number in range(len(names))]
+
+
+def _check_types_named(
+    loaded: LoadedModel[ScFoundationForCellClassification],
+) -> LoadedModel[ScFoundationForCellClassification]:
+    names = cell_types_of(loaded.model)
+    if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
+        raise ValueError(
+            f"The configuration of {loaded.name} does not say which cell types its {len(names)} classes are "
+            f"({names[0]!r}, {names[1]!r}, ...): set id2label and label2id, and save it again."
+        )
+    return loaded
+
+
 def _load(
     model: str | PathLike[str],
     model_class: type[ModelT],
@@ -105,7 +162,7 @@ def _load(
     network, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
-        what = "encoder" if model_class is ScFoundationModel else "encoder and decoder"
+        what = _PARTS[model_class.__name__]
         raise ValueError(
             f"The weights in {name} lack {len(info['missing_keys'])} tensors of the {what} ({missing}, ...); "
             "results would be random. Save or convert the model again."
@@ -121,7 +178,7 @@ def _load(
 
 
 @contextmanager
-def evaluating(model: ScFoundationModel | ScFoundationForPreTraining) -> Iterator[None]:
+def evaluating(model: ScFoundationPreTrainedModel) -> Iterator[None]:
     """Dropout off, an encoder's pooling on; afterwards the model is as its owner left it."""
     was_training = model.training
     model.eval()

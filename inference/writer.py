@@ -22,7 +22,9 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import zarr
+from anndata import AnnData
 from filelock import FileLock, Timeout
 
 from .many_processes import ALONE, Processes
@@ -38,14 +40,41 @@ class CellResults:
     """What a job adds to the cells of an AnnData file.
 
     Args:
-        obsm: name -> `(cells, ...)` array or stored rows, read in blocks of rows.
-        obs: name -> `(cells,)` array.
+        obsm: name -> `(cells, ...)` array or stored rows, read in blocks of rows, or columns of such rows.
+        obs: name -> `(cells,)` array or categorical.
         uns: name -> text, put below `uns["scfoundation"]`.
     """
 
-    obsm: "Mapping[str, np.ndarray | StoredRows]"
-    obs: Mapping[str, np.ndarray]
+    obsm: "Mapping[str, np.ndarray | StoredRows | NamedColumns]"
+    obs: Mapping[str, np.ndarray | pd.Categorical]
     uns: Mapping[str, str]
+
+    def add_to(self, data: AnnData) -> None:
+        """Put the results into an AnnData in memory."""
+        for name, values in self.obs.items():
+            data.obs[name] = values
+        for name, rows in self.obsm.items():
+            data.obsm[name] = rows.as_frame(data.obs_names) if isinstance(rows, NamedColumns) else rows
+        for name, text in self.uns.items():
+            data.uns.setdefault("scfoundation", {})[name] = text
+
+
+@dataclass(frozen=True)
+class NamedColumns:
+    """The first columns of `(cells, columns)` rows, by name: a data frame of the cells.
+
+    Args:
+        names: of these columns; without "/", which would nest them in the file.
+        index: `(cells,)` names of the cells.
+    """
+
+    rows: "np.ndarray | StoredRows"
+    names: Sequence[str]
+    index: np.ndarray
+
+    def as_frame(self, index: pd.Index) -> pd.DataFrame:
+        """All of it in memory."""
+        return pd.DataFrame(self.rows[:][:, : len(self.names)], index=index, columns=list(self.names))
 
 
 def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
@@ -391,10 +420,13 @@ def _add_results(root: Any, results: CellResults) -> None:
     for name, values in results.obs.items():
         _add_obs_column(root, name, values)
     for name, rows in results.obsm.items():
-        _add_rows(root["obsm"], name, rows)
+        if isinstance(rows, NamedColumns):
+            _add_frame(root["obsm"], name, rows)
+        else:
+            _add_rows(root["obsm"], name, rows)
 
 
-def _add_obs_column(root: Any, name: str, values: np.ndarray) -> None:
+def _add_obs_column(root: Any, name: str, values: np.ndarray | pd.Categorical) -> None:
     if "column-order" not in root["obs"].attrs:  # files older than anndata 0.7 hold obs as one compound array
         obs = anndata.io.read_elem(root["obs"])
         obs[name] = values
@@ -415,6 +447,21 @@ def _add_rows(group: Any, name: str, rows: np.ndarray | StoredRows) -> None:
     array = create_dense(group, name, shape=rows.shape, dtype=rows.dtype)
     for where, block in row_blocks(rows):
         array[where] = block
+
+
+def _add_frame(group: Any, name: str, columns: NamedColumns) -> None:
+    """Write a data frame as anndata lays it out, a block of rows at a time."""
+    no_rows = pd.DataFrame(columns=list(columns.names), dtype=columns.rows.dtype)
+    anndata.io.write_elem(group, name, no_rows)  # the layout; what is in it is replaced
+    frame = group[name]
+    anndata.io.write_elem(frame, frame.attrs["_index"], columns.index.astype(object))
+    for column in columns.names:
+        del frame[column]
+    num_cells = len(columns.rows)
+    arrays = [create_dense(frame, column, shape=(num_cells,), dtype=columns.rows.dtype) for column in columns.names]
+    for where, block in row_blocks(columns.rows):
+        for array, values in zip(arrays, block.T, strict=False):
+            array[where] = values
 
 
 def create_dense(group: Any, name: str, *, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -15,6 +15,13 @@ from scfoundation_hf.inference.loading import DtypeName, ValuesDtype
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import CheckpointKey
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
 from scfoundation_hf.tokenization.prepared_cells import CountValues, OnEmptyCell, OriginalMode, Values
+from scfoundation_hf.trainer_scripts.finetuning_settings import (
+    FinetuningDtype,
+    FinetuningLoss,
+    Freezing,
+    PresetName,
+    RareClasses,
+)
 
 # Arguments and options that several commands share.
 Cells = Annotated[Path, typer.Argument(metavar="IN", help="Cells: .h5ad or .zarr, of any size.")]
@@ -41,6 +48,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Progress = Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")]
 CellsPerBatch = Annotated[int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")]
 
+Explanation = Literal["gradient_x_input", "integrated_gradients"]
 ExportFormat = Literal["code", "onnx", "onnx-int8"]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -239,6 +247,230 @@ def gene_embeddings(
         dtype=dtype,
         overwrite=overwrite,
         progress=progress,
+    )
+    typer.echo(written)
+
+
+@app.command()
+def annotate(
+    data: Cells,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Copy of IN with the cell types added.")],
+    model: Model,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="INDEX", help="Compare with these labelled cells (`scfoundation index`) instead."),
+    ] = None,
+    key_added: Annotated[str, typer.Option(help="What the names of all results begin with.")] = "scfoundation",
+    num_neighbors: Annotated[int, typer.Option(help="Reference cells that each cell is compared with.")] = 15,
+    unassigned: Annotated[
+        bool, typer.Option(help='Call cells that the model does not know "unassigned"; else by the best type.')
+    ] = True,
+    explain: Annotated[
+        Explanation | None, typer.Option(help="Name the genes that drove each call, by this method; takes longer.")
+    ] = None,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    min_genes: MinGenes = None,
+    on_empty_cell: EmptyCells = "error",
+    tokens_per_batch: TokensPerBatch = None,
+    device: Device = None,
+    dtype: ComputeDtype = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Name the type of every cell, with probabilities; a killed run resumes when called again.
+
+    Example: `scfoundation annotate cells.h5ad annotated.h5ad --model my-types --gene-column symbol`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.inference.annotation import annotate as run
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    written = run(
+        data,
+        model,
+        output=output,
+        reference=reference,
+        key_added=key_added,
+        num_neighbors=num_neighbors,
+        unassigned=unassigned,
+        explain=explain,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        total_counts=total_counts,
+        min_genes=min_genes,
+        on_empty_cell=on_empty_cell,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    typer.echo(written)
+
+
+@app.command()
+def index(
+    data: Cells,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    model: Model,
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="Column of obs with the cell types.")],
+    pooling: Annotated[
+        PoolingMode,
+        typer.Option(help="all: S, T, max and mean over genes; max: max over all tokens, a quarter as large."),
+    ] = "all",
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    min_genes: MinGenes = None,
+    on_empty_cell: EmptyCells = "error",
+    tokens_per_batch: TokensPerBatch = None,
+    device: Device = None,
+    dtype: ComputeDtype = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Embed labelled cells and index them as a reference, for `scfoundation annotate --reference`.
+
+    Example: `scfoundation index labelled.h5ad reference --model scfoundation-cell --label cell_type`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.inference.reference_index import index_reference as run
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    written = run(
+        data,
+        model,
+        label=label,
+        output=output,
+        pooling=pooling,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        total_counts=total_counts,
+        min_genes=min_genes,
+        on_empty_cell=on_empty_cell,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    typer.echo(written)
+
+
+@app.command()
+def finetune(
+    data: Cells,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to make.")],
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="Column of obs with the cell types.")],
+    model: Model,
+    split_by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of obs with the donor or batch: whole ones are held out."),
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of obs that says train, validation or test.")
+    ] = None,
+    min_cells_per_class: Annotated[int, typer.Option(help="A type of fewer cells is rare.")] = 10,
+    rare_classes: Annotated[
+        RareClasses, typer.Option(help="Rare types are an error, are left out, or learned all the same.")
+    ] = "error",
+    preset: Annotated[PresetName, typer.Option(help="Batch, learning rate and loss; paper: the released ones.")] = (
+        "default"
+    ),
+    freezing: Annotated[
+        Freezing | None,
+        typer.Option(help="What trains beside the head; default: penultimate, the last encoder layer but one."),
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Layers that train, for last_n.")] = None,
+    pooling: Annotated[
+        PoolingMode | None, typer.Option(help="What the head sees of a cell; default: all, or by preset.")
+    ] = None,
+    loss: Annotated[FinetuningLoss | None, typer.Option(help="Default: cross_entropy, or by preset.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-3; head 3e-3, full 1e-4.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Cells a batch; default 32, or by preset.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Updates at most; default: by the cells, at least 300.")] = None,
+    patience: Annotated[int, typer.Option(help="Validations without a better macro F1 before training stops.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of split, new weights and order.")] = 0,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    values: ValuesAre = "counts",
+    total_counts: TotalCounts = None,
+    min_genes: Annotated[
+        int | None, typer.Option(help="Cells with fewer expressed genes are left out; the paper keeps more than 200.")
+    ] = None,
+    on_empty_cell: Annotated[
+        OnEmptyCell, typer.Option(help="A cell without counts is an error, or with nan is left out.")
+    ] = "error",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="A control: the same network, from random weights.")
+    ] = False,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Genes whose activations are kept at once; bounds memory. Default: by model.")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[FinetuningDtype, typer.Option(help="Precision of the training steps.")] = "float32",
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, none, trackio, ...; repeatable. Default: tensorboard.")
+    ] = None,
+) -> None:
+    """Train a classifier of cell types on labelled cells, and measure it on cells held out.
+
+    OUT/report.html says how well it calls; `scfoundation annotate` calls the types of other cells with it.
+
+    Example: `scfoundation finetune cells.h5ad my-types --label cell_type --split-by donor --model scfoundation-3m`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.trainer_scripts.finetune import finetune as run
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    written = run(
+        data,
+        output,
+        label=label,
+        model=model,
+        split_by=split_by,
+        split_column=split_column,
+        min_cells_per_class=min_cells_per_class,
+        rare_classes=rare_classes,
+        preset=preset,
+        freezing=freezing,
+        num_layers=num_layers,
+        pooling=pooling,
+        loss=loss,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        patience=patience,
+        seed=seed,
+        layer=layer,
+        gene_column=gene_column,
+        values=values,
+        total_counts=total_counts,
+        min_genes=min_genes,
+        on_empty_cell=on_empty_cell,
+        random_weights=random_weights,
+        tokens_per_batch=tokens_per_batch,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+        report=report,
+        report_to=report_to or "tensorboard",
     )
     typer.echo(written)
 
@@ -462,6 +694,75 @@ benchmark = typer.Typer(help="Measure models against each other and against simp
 app.add_typer(benchmark, name="benchmark")
 
 
+@benchmark.command("annotation")
+def benchmark_annotation(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to make, or to go on with: results, tables, figure.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE", help="Cells, a YAML file of data sets, or the recipe annotation-benchmark; repeatable."
+        ),
+    ],
+    model: Annotated[
+        list[str], typer.Option(metavar="DIR", help="Pretrained model, folder or Hub id; give it again for each model.")
+    ],
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of obs with the cell types.")] = None,
+    split_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of obs with the donor or batch, held out whole.")
+    ] = None,
+    layer: Layer = None,
+    gene_column: GeneColumn = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method to measure; repeatable. Default: all (docs/annotation-benchmark.md)."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Splits and repetitions; default 3, or what the YAML says.")] = None,
+    max_cells: Annotated[int | None, typer.Option(help="Cells of each data set; default: all.")] = None,
+    min_cells_per_type: Annotated[int | None, typer.Option(help="Rarer types are left out; default 10.")] = None,
+    exclude_label: Annotated[
+        list[str] | None, typer.Option(help='Label that is no type, such as "unlabelled"; repeatable.')
+    ] = None,
+    freezing: Annotated[
+        str | None, typer.Option(help="Of fine-tuning: head, penultimate, lora or full; default: its own.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Of fine-tuning; default: its own.")] = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure everything anew.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Measure how well models call cell types, beside simple baselines, other tools and random weights.
+
+    Each result is kept as soon as it is there: a killed run goes on when called again.
+
+    Example: `scfoundation benchmark annotation results --data cells.h5ad --label cell_type --split-by donor --model
+    scfoundation-3m --seeds 5`
+    """
+    from transformers.utils import logging
+
+    from scfoundation_hf.trainer_scripts.benchmarks import annotation
+
+    if not progress:
+        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    given = {
+        "methods": method,
+        "seeds": seeds,
+        "max_cells": max_cells,
+        "min_cells_per_type": min_cells_per_type,
+        "exclude_labels": exclude_label,
+        "freezing": freezing,
+        "max_steps": max_steps,
+    }
+    arguments = annotation.read_data_sets(data, label=label, split_by=split_by, gene_column=gene_column, layer=layer)
+    arguments |= {name: value for name, value in given.items() if value not in (None, [])}
+    typer.echo(
+        annotation.benchmark_annotation(
+            models=model, output=output, device=device, overwrite=overwrite, progress=progress, **arguments
+        )
+    )
+
+
 @benchmark.command("pretraining")
 def benchmark_pretraining(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder made by `scfoundation prepare`.")],
@@ -515,6 +816,109 @@ def benchmark_pretraining(
             progress=progress,
         )
     )
+
+
+# Options of the benchmarks that a recipe describes; those left out are as the recipe has them.
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file that names the data sets, or a recipe of the package.")
+]
+DataFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the paths in the recipe begin at.")]
+Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Method to measure; repeatable. Default: all.")]
+MaxCells = Annotated[int | None, typer.Option(help="Cells of each data set, drawn evenly.")]
+MeasureAnew = Annotated[bool, typer.Option("--overwrite", help="Measure everything anew instead of what is missing.")]
+
+
+@benchmark.command("enhancement")
+def benchmark_enhancement(
+    recipe: Recipe,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make: results, tables, figure.")],
+    model: Model,
+    data: DataFolder = Path(),
+    method: Methods = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Share of the counts to keep; repeatable.")] = None,
+    max_cells: MaxCells = None,
+    device: Device = None,
+    overwrite: MeasureAnew = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Bring down-sampled cells back to depth, beside MAGIC, scVI, kNN smoothing and the gene mean; resumable.
+
+    Example: `scfoundation benchmark enhancement enhancement-benchmark enhancement --model scfoundation-3m --data cells`
+    """
+    from scfoundation_hf.trainer_scripts.benchmarks import enhancement
+
+    chosen = {"methods": method, "rates": rate, "max_cells": max_cells}
+    settings = _read_recipe(recipe, enhancement.SETTINGS, data, chosen)
+    typer.echo(
+        enhancement.benchmark_enhancement(
+            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+        )
+    )
+
+
+@benchmark.command("clustering")
+def benchmark_clustering(
+    recipe: Recipe,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make: results, tables, figures.")],
+    model: Model,
+    data: DataFolder = Path(),
+    method: Methods = None,
+    fold: Annotated[list[float] | None, typer.Option(help="T / S of the embeddings; repeatable.")] = None,
+    max_cells: MaxCells = None,
+    device: Device = None,
+    overwrite: MeasureAnew = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Cluster embeddings at growing target depths, beside denoised expression, against cell types; resumable.
+
+    Example: `scfoundation benchmark clustering clustering-benchmark clustering --model scfoundation-3m --data cells`
+    """
+    from scfoundation_hf.trainer_scripts.benchmarks import clustering
+
+    chosen = {"methods": method, "folds": fold, "max_cells": max_cells}
+    settings = _read_recipe(recipe, clustering.SETTINGS, data, chosen)
+    typer.echo(
+        clustering.benchmark_clustering(
+            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+        )
+    )
+
+
+@benchmark.command("mapping")
+def benchmark_mapping(
+    recipe: Recipe,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make: results, tables, figures.")],
+    model: Model,
+    data: DataFolder = Path(),
+    method: Methods = None,
+    max_cells: MaxCells = None,
+    device: Device = None,
+    overwrite: MeasureAnew = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Bring batches into one space with Harmony, BBKNN and scVI, and score it as scIB does; resumable.
+
+    Example: `scfoundation benchmark mapping mapping-benchmark mapping --model scfoundation-3m --data cells`
+    """
+    from scfoundation_hf.trainer_scripts.benchmarks import mapping
+
+    settings = _read_recipe(recipe, mapping.SETTINGS, data, {"methods": method, "max_cells": max_cells})
+    typer.echo(
+        mapping.benchmark_mapping(
+            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+        )
+    )
+
+
+def _read_recipe(recipe: str, known: tuple[str, ...], folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a benchmark: what the recipe says, and what is chosen here instead."""
+    from transformers.utils import logging
+
+    from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import read_recipe
+
+    logging.disable_progress_bar()  # a model is loaded for every part
+    settings = read_recipe(recipe, settings=known, folder=folder)
+    return settings | {key: value for key, value in chosen.items() if value is not None and value != []}
 
 
 def main(arguments: list[str] | None = None) -> None:

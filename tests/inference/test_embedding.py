@@ -177,7 +177,7 @@ def test_an_error_leaves_nothing_behind(cells_file, tiny_model_dir, tmp_path, mo
     def fail(*_):
         raise RuntimeError("device on fire")
 
-    monkeypatch.setattr(embedding, "_embed_batch", fail)
+    monkeypatch.setattr(embedding, "embed_batch", fail)
     with pytest.raises(RuntimeError, match="on fire"):
         embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **OPTIONS)
     assert sorted(tmp_path.iterdir()) == [cells_file]
@@ -188,7 +188,7 @@ def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir,
     monkeypatch.setattr(writer, "SECONDS_BETWEEN_NOTES", 0)
     options = {**OPTIONS, "tokens_per_batch": 4000}
     expected = embed(cells_file, tiny_model_dir, output=tmp_path / "whole.h5ad", **options)
-    embed_batch, batches = embedding._embed_batch, []
+    embed_batch, batches = embedding.embed_batch, []
 
     def interrupt_the_third(*arguments):
         batches.append(arguments)
@@ -196,7 +196,7 @@ def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir,
             raise KeyboardInterrupt
         return embed_batch(*arguments)
 
-    monkeypatch.setattr(embedding, "_embed_batch", interrupt_the_third)
+    monkeypatch.setattr(embedding, "embed_batch", interrupt_the_third)
     with pytest.raises(KeyboardInterrupt):
         embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
     assert not (tmp_path / "out.h5ad").exists()
@@ -204,7 +204,7 @@ def test_an_interrupted_run_resumes_where_it_stopped(cells_file, tiny_model_dir,
     assert done == batches[2][1].cell_index[0]  # everything before the third batch
     del batches[:3]
     monkeypatch.setattr(
-        embedding, "_embed_batch", lambda *arguments: batches.append(arguments) or embed_batch(*arguments)
+        embedding, "embed_batch", lambda *arguments: batches.append(arguments) or embed_batch(*arguments)
     )
     resumed = embed(cells_file, tiny_model_dir, output=tmp_path / "out.h5ad", **options)
     assert resumed.read_bytes() == expected.read_bytes()
@@ -216,11 +216,11 @@ def test_a_killed_process_resumes_and_ends_with_the_same_file(cells_file, tiny_m
     script = f"""
 import time, scfoundation_hf
 from scfoundation_hf.inference import embedding
-plain = embedding._embed_batch
+plain = embedding.embed_batch
 def slow(*arguments):
     time.sleep(0.3)
     return plain(*arguments)
-embedding._embed_batch = slow
+embedding.embed_batch = slow
 scfoundation_hf.embed({str(cells_file)!r}, {str(tiny_model_dir)!r}, output={str(tmp_path / "out.h5ad")!r},
     gene_column="symbol", tokens_per_batch=1000, progress=False)
 """

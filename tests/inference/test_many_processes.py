@@ -104,11 +104,11 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(cells_file, tiny_
     script = f"""
 import os, time
 from scfoundation_hf.inference import embedding
-plain = embedding._embed_batch
+plain = embedding.embed_batch
 def slow(*arguments):
     time.sleep(0.5)
     return plain(*arguments)
-embedding._embed_batch = slow
+embedding.embed_batch = slow
 embedding.embed({str(cells_file)!r}, {str(tiny_model_dir)!r}, output={str(tmp_path / "out.h5ad")!r},
     gene_column="symbol", tokens_per_batch=1000, progress=False)
 """
@@ -143,7 +143,7 @@ def test_an_error_of_one_process_keeps_the_work_of_the_others(
     embed(cells_file, tiny_model_dir, output=output, **OPTIONS)
     as_process(1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "_embed_batch", fail)
+        patch.setattr(embedding, "embed_batch", fail)
         with pytest.raises(RuntimeError, match="on fire"):
             embed(cells_file, tiny_model_dir, output=output, **OPTIONS)
     assert json.loads((tmp_path / "out.h5ad.progress" / "job.json").read_text())

@@ -169,7 +169,7 @@ def test_an_interruption_says_how_to_go_on(capsys, cells_file, tiny_model_dir, t
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding, "_embed_batch", interrupt)
+    monkeypatch.setattr(embedding, "embed_batch", interrupt)
     arguments = ("embed", cells_file, tmp_path / "out.h5ad", "--model", tiny_model_dir, "--gene-column", "symbol")
     code, _, err = run(capsys, *arguments, "--no-progress")
     assert code == 130

@@ -2,8 +2,8 @@
 
 Every ```python block of docs/*.md and README.md is run, in order and in one process per file, unless the line
 before it is `<!-- not run: REASON -->`. The working directory holds `cells.h5ad` (80 of the example cells, so that
-it is quick) and the reference model: as `scfoundation-3m` for docs/, as `examples/reference-model` for the README. Lines
-that begin with the command `scfoundation` are not run, but their options must exist.
+it is quick) and the reference model: `scfoundation-3m` for docs/, `examples/reference-model` for the README. Lines that
+begin with the command `scfoundation` are not run, but their options must exist.
 """
 
 import importlib.util
