@@ -89,6 +89,7 @@ def annotate(
     """Name the type of every cell, with probabilities and the verdict "unassigned" for what the model does not know.
 
     Adds, for `key_added` "scfoundation":
+
     - `obs["scfoundation_cell_type"]`, categorical: the type, or "unassigned"; missing for cells left out;
     - `obs["scfoundation_best_cell_type"]`, categorical: the most probable type, whatever the verdict;
     - `obs["scfoundation_confidence"]`, float32: its probability, with a reference the share of the neighbours' votes;

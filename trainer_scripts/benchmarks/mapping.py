@@ -36,6 +36,7 @@ from .stored_parts import StoredParts, without_nan
 
 SETTINGS = ("methods", "max_cells", "min_cells_per_label", "scvi_epochs", "seed")
 MIN_CELLS_PER_LABEL = 10
+EXTRAS = "mapping,enhancement-benchmark"
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def benchmark_mapping(
         for a method whose package, or scib-metrics, is missing; FileExistsError, FileNotFoundError, KeyError: as the
         names say.
     """
-    check_methods(methods, MAPPERS, extra="mapping")
-    check_packages({"Clustering": "scanpy", "Scoring": "scib_metrics"}, extra="mapping")
+    check_methods(methods, MAPPERS, extra=EXTRAS)
+    check_packages({"Clustering": "scanpy", "Scoring": "scib_metrics", "Metrics": "evaluate"}, extra=EXTRAS)
     for name, file in data.items():
         if file.label is None or file.batch is None:
             raise ValueError(f"Data set {name!r} must name label and batch, the obs columns of cell type and batch.")
