@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import speed
 import torch
+from allocation import allocate
 from harness import report, studies
 from harness.cells import CountedCells
 from harness.jobs import DTYPES, JOBS, Case, variants
@@ -19,19 +20,12 @@ from harness.measure import (
     Spread,
     describe_machine,
     matrix_rate,
-    memory_held,
-    peak_memory,
     time_in_turns,
 )
 from harness.studies import Effort, measure_ablation, measure_case, measure_growth, measure_packing
 
 CPU = torch.device("cpu")
 ONCE = Effort(repeats=1, seconds_per_case=0.0)
-
-
-def allocate(mebibytes: int) -> int:
-    """For a process of its own: bytes held at most while so much is, above what was held before."""
-    return peak_memory(lambda: torch.ones(mebibytes * MIB // 4), above=memory_held(CPU), device=CPU)
 
 
 # --- Measuring -----------------------------------------------------------------------------------------------------

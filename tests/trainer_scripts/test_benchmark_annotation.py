@@ -222,7 +222,7 @@ def test_says_what_is_wrong(data, tmp_path, changes, message):
 
 def test_a_data_set_needs_a_label(cells_file, tmp_path):
     with pytest.raises(ValueError, match="'sorted' has no label"):
-        benchmark_annotation({"sorted": CellFile(cells_file)}, [], tmp_path / "out", **QUIET)
+        benchmark_annotation({"sorted": CellFile(cells_file)}, [], tmp_path / "out", methods=["majority"], **QUIET)
 
 
 def test_a_missing_package_is_told_before_anything_runs(data, tmp_path, monkeypatch):
