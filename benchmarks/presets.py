@@ -21,11 +21,12 @@ import torch
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.corpus.streaming import CorpusLoader, CorpusStream
+from scfoundation_hf.evaluation.expression_errors import ExpressionErrors
 from scfoundation_hf.evaluation.flops import batch_training_flops
-from scfoundation_hf.modeling_scfoundation.losses import IGNORED_LABEL
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+from scfoundation_hf.trainer_scripts.trainer import log10_source_depth
 
 MICRO_BATCH = 4
 EVALUATION_BATCH = 8
@@ -104,14 +105,11 @@ def validate(model: ScFoundationForPreTraining, corpus: Path, num_cells: int) ->
     loader = CorpusLoader(stream, collator)
     stride = max(len(loader) * EVALUATION_BATCH // num_cells, 1)
     model.eval()
-    squared, targets = 0.0, 0
+    errors = ExpressionErrors()
     for batch in islice(loader, 0, None, stride):
         labels = batch.pop("labels")
-        error = model(**batch).predicted_values - labels
-        hidden = labels.ne(IGNORED_LABEL)
-        squared += float(error[hidden].square().sum())
-        targets += int(hidden.sum())
-    return squared / targets
+        errors.update(model(**batch).predicted_values, labels, log10_source_depth(batch))
+    return errors.compute()["mse"]
 
 
 def table(folder: Path) -> str:

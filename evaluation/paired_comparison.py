@@ -13,7 +13,7 @@ MAX_DRAWS = 2**20  # bounds the memory
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """How the mean squared error of a predictor relates to that of another.
+    """How the error of a predictor relates to that of another.
 
     Attributes:
         ratio: of the two errors over all targets; below 1, the first is better.
@@ -30,13 +30,11 @@ class PairedComparison:
     ratios: dict[str, float]
 
 
-def compare_squared_errors(
-    errors: np.ndarray, others: np.ndarray, *, groups: Sequence[str], seed: int = 0
-) -> PairedComparison:
+def compare_errors(errors: np.ndarray, others: np.ndarray, *, groups: Sequence[str], seed: int = 0) -> PairedComparison:
     """Compare two predictors cell by cell.
 
     Args:
-        errors: `(C,)` sum of squared errors over the targets of each cell.
+        errors: `(C,)` sum of the errors over the targets of each cell, squared or of another kind.
         others: `(C,)` the same of the predictor to compare with, for the same targets.
         groups: `(C,)` the donor, batch or file of each cell.
         seed: of the bootstrap.

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
+
+from .model_folder import find_file
 
 CALIBRATION_FILE = "calibration.json"
 MAX_SHARE_LOST = 0.05  # of the correctly called validation cells, by the threshold
@@ -88,7 +89,7 @@ class Calibration:
         name, revision = str(model), None
         if isinstance(model, PreTrainedModel):
             name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-        path = _find(name, revision)
+        path = find_file(name, CALIBRATION_FILE, revision=revision) if name else None
         if path is None:
             return None
         try:
@@ -96,22 +97,6 @@ class Calibration:
             return cls(float(content["temperature"]), float(content["unassigned_below"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration ({error!r}); fit and save it again.") from error
-
-
-def _find(name: str, revision: str | None) -> Path | None:
-    """The file in a folder or, for a name that may be a Hub id, in the repository."""
-    if not name or name.count("/") != 1 or Path(name).is_dir():
-        path = Path(name) / CALIBRATION_FILE
-        return path if name and path.is_file() else None
-    found = cached_file(
-        name,
-        CALIBRATION_FILE,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 def _fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -10,10 +11,10 @@ from anndata import AnnData
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode, max_of_pooled
 from scfoundation_hf.tokenization.data_collator import EncodedCells
-from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, Values
+from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, OriginalMode, PreparedCells, Values
 
 from .cell_job import CellJob, check_at_least_one, check_data, packed_on
-from .loading import ModelSource, evaluating, load_encoder
+from .loading import LoadedModel, ModelSource, evaluating, load_encoder
 from .many_processes import ALONE, Processes
 from .writer import check_output
 
@@ -81,8 +82,7 @@ def embed(
         if source is not None and target is not None and source.exists():  # the reader words a missing one better
             check_output(source, target, overwrite=overwrite)
         check_at_least_one(tokens_per_batch=tokens_per_batch)
-        if pooling not in ("all", "max"):
-            raise ValueError(f"There is no pooling {pooling!r}; choose 'all' or 'max'.")
+        check_pooling(pooling)
         loaded = load_encoder(model, device=device, dtype=dtype, processes=processes)
         prepared = loaded.tokenizer.prepare(
             data,
@@ -97,21 +97,45 @@ def embed(
             original_mode=original_mode,
         )
         with prepared, evaluating(loaded.model):
-            job = CellJob(
-                loaded,
-                prepared,
-                compute=lambda cells: embed_batch(loaded.model, cells, pooling),
-                row_shape=(loaded.model.config.hidden_size * (4 if pooling == "all" else 1),),
-                dtype=np.dtype(np.float32),
-                settings={"pooling": pooling},
-                tokens_per_batch=tokens_per_batch,
-                cells_per_batch=None,
-                verb="Embedding",
-                past="embedded",
-                show_progress=progress,
-                processes=processes,
+            job = embedding_job(
+                loaded, prepared, pooling, tokens_per_batch=tokens_per_batch, progress=progress, processes=processes
             )
             return job.add_to(data, key_added=key_added, source=source, target=target, overwrite=overwrite)
+
+
+def check_pooling(pooling: PoolingMode) -> None:
+    """Refuse a pooling that there is not.
+
+    Raises: ValueError.
+    """
+    if pooling not in get_args(PoolingMode):
+        raise ValueError(f"There is no pooling {pooling!r}; choose 'all' or 'max'.")
+
+
+def embedding_job(
+    loaded: LoadedModel[ScFoundationModel],
+    prepared: PreparedCells,
+    pooling: PoolingMode,
+    *,
+    tokens_per_batch: int | None,
+    progress: bool,
+    processes: Processes,
+) -> CellJob:
+    """The job that embeds these cells."""
+    return CellJob(
+        loaded,
+        prepared,
+        compute=lambda cells: embed_batch(loaded.model, cells, pooling),
+        row_shape=(loaded.model.config.hidden_size * (4 if pooling == "all" else 1),),
+        dtype=np.dtype(np.float32),
+        settings={"pooling": pooling},
+        tokens_per_batch=tokens_per_batch,
+        cells_per_batch=None,
+        verb="Embedding",
+        past="embedded",
+        show_progress=progress,
+        processes=processes,
+    )
 
 
 @torch.inference_mode()

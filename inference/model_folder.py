@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from scfoundation_hf.configuration.configuration_scfoundation import UNDECLARED_FIELDS, ScFoundationConfig
 from scfoundation_hf.modeling_scfoundation import modeling_scfoundation
@@ -45,6 +46,22 @@ def read_config(folder: str | PathLike[str]) -> ScFoundationConfig:
     if model_type != ScFoundationConfig.model_type:
         raise ValueError(f"{path} describes a model of type {model_type!r}, not {ScFoundationConfig.model_type!r}.")
     return ScFoundationConfig.from_pretrained(folder)
+
+
+def find_file(model: str | PathLike[str], name: str, *, revision: str | None = None) -> Path | None:
+    """A file that lies with a model: in its folder or, for what may be a Hub id, in the repository."""
+    if Path(model).is_dir() or str(model).count("/") != 1:
+        path = Path(model) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        str(model),
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def unknown_fields(folder: str | PathLike[str]) -> list[str]:

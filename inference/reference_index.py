@@ -26,8 +26,8 @@ from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
 from scfoundation_hf.tokenization.prepared_cells import OnEmptyCell, Values
 
 from .calibration import MAX_SHARE_LOST
-from .cell_job import CellJob, check_at_least_one, check_data
-from .embedding import embed_batch
+from .cell_job import check_at_least_one, check_data
+from .embedding import check_pooling, embedding_job
 from .loading import LoadedModel, ModelSource, evaluating, load_encoder
 from .many_processes import ALONE, Processes
 from .writer import StoredRows, check_free, check_parent, row_blocks
@@ -275,6 +275,7 @@ def index_reference(
         if target is not None:
             _check_folder(target, overwrite=overwrite)
         check_at_least_one(tokens_per_batch=tokens_per_batch)
+        check_pooling(pooling)
         _usearch()
         loaded = load_encoder(model, device=device, dtype=dtype, processes=processes)
         prepared = loaded.tokenizer.prepare(
@@ -289,19 +290,8 @@ def index_reference(
         with prepared, evaluating(loaded.model):
             cell_types, numbers = prepared.class_labels(label)
             _check_enough(num_cells=int(prepared.is_kept.sum()), num_types=len(cell_types))
-            job = CellJob(
-                loaded,
-                prepared,
-                compute=lambda cells: embed_batch(loaded.model, cells, pooling),
-                row_shape=(loaded.model.config.hidden_size * (4 if pooling == "all" else 1),),
-                dtype=np.dtype(np.float32),
-                settings={"pooling": pooling},
-                tokens_per_batch=tokens_per_batch,
-                cells_per_batch=None,
-                verb="Embedding",
-                past="embedded",
-                show_progress=progress,
-                processes=processes,
+            job = embedding_job(
+                loaded, prepared, pooling, tokens_per_batch=tokens_per_batch, progress=progress, processes=processes
             )
 
             def build(rows: np.ndarray | StoredRows) -> ReferenceIndex:

@@ -56,6 +56,7 @@ from .finetuning_trainer import history, make_trainer
 from .labelled_cells import LabelledCells, describe, read_labelled_cells
 from .output_folder import check_output_folder, replacing
 from .stored_cells import StoredCells
+from .throughput import peak_memory_bytes
 from .trained_part import TrainedPart, pooled_and_logits, state_bytes, store_cells
 
 REPORT_FILE = "finetuning_report.json"
@@ -425,18 +426,6 @@ def _scores(
         "confusion_matrix": confusion.tolist(),
         "calibration_curve": calibration_curve(confidence, called == labels),
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory that this process held so far, or the GPU of it; `None` where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _hardware(device: torch.device) -> str:

@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .figures import styled_figure
 from .model_card import OFFICIAL_LICENCE, TAGS, licence_of
 
 CURVE_BINS = 10
@@ -120,24 +121,12 @@ def make_finetuning_card(record: Mapping[str, Any], *, base: str) -> ModelCard:
 
 def _as_svg(draw: Any) -> str:
     """A figure as text of an `<svg>`, the same each time."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
-        figure = _new_figure()
+    with styled_figure() as figure:
         draw(figure)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()
     return text[text.index("<svg") :]
-
-
-def _new_figure() -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_confusion(figure: Any, confusion: np.ndarray, classes: Sequence[str]) -> None:
@@ -189,8 +178,7 @@ def _draw_maps(maps: CellMaps, classes: Sequence[str], *, seed: int) -> str:
     if _are_same(maps):
         titles = {"as pretrained": maps.before}
     colors = mpl.colormaps["turbo"](np.linspace(0.04, 0.96, len(classes)))
-    with mpl.rc_context(_STYLE):
-        figure = _new_figure()
+    with styled_figure() as figure:
         columns = 2 * len(titles)
         figure.set_size_inches(5.0 * len(titles), 4.4 + 0.16 * -(-len(classes) // columns))
         for number, (title, vectors) in enumerate(titles.items()):
@@ -225,12 +213,3 @@ def lay_out(vectors: np.ndarray, *, seed: int) -> np.ndarray:
 
 def _are_same(maps: CellMaps) -> bool:
     return bool(np.array_equal(maps.before, maps.after))
-
-
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "scfoundation",
-}

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.utils.hub import cached_file
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.corpus.lookup import MANIFEST_FILE, MEMBERS_FILE, TrainingCells
 from scfoundation_hf.corpus.whole_files import write_json
+from scfoundation_hf.inference.model_folder import find_file
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
 REPORT_FILE = "training_report.json"
@@ -152,28 +152,13 @@ def _fill(data: ModelCardData, **values: Any) -> ModelCard:
 
 def licence_of(model: str | PathLike[str]) -> dict[str, Any]:
     """What the card of a model, a folder or Hub id, says of its licence; the official one's is known without a card."""
-    if _find(model, ORIGINAL_CONFIG_FILE) is not None:
+    if find_file(model, ORIGINAL_CONFIG_FILE) is not None:
         return OFFICIAL_LICENCE
-    card = _find(model, "README.md")
+    card = find_file(model, "README.md")
     if card is None:
         return {}
     stated = ModelCard.load(card).data.to_dict()
     return {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
-
-
-def _find(model: str | PathLike[str], name: str) -> Path | None:
-    """A file of a folder or, for what may be a Hub id, of a repository."""
-    if Path(model).is_dir() or str(model).count("/") != 1:
-        path = Path(model) / name
-        return path if path.is_file() else None
-    found = cached_file(
-        str(model),
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 def _emissions(report: Mapping[str, Any]) -> dict[str, Any]:

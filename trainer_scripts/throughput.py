@@ -1,5 +1,6 @@
-"""How fast training runs: cells and tokens a second, and the share of the machine's matrix rate (MFU)."""
+"""How fast training runs: cells and tokens a second, the share of the machine's matrix rate (MFU), and memory."""
 
+import sys
 import time
 from dataclasses import astuple, dataclass
 
@@ -52,3 +53,15 @@ class Work:
             "tokens_per_second": self.tokens / self.seconds,
             "mfu": self.flops / self.seconds / matrix_rate,
         }
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that this process held so far, or the GPU of it; `None` where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

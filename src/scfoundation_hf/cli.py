@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
+from scfoundation_hf.inference.gene_attribution import AttributionMethod
 from scfoundation_hf.inference.loading import DtypeName, ValuesDtype
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import CheckpointKey
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
@@ -48,7 +50,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Progress = Annotated[bool, typer.Option(help="Show a progress bar and what became of the genes.")]
 CellsPerBatch = Annotated[int | None, typer.Option(help="Cells computed at once; bounds memory. Default: by device.")]
 
-Explanation = Literal["gradient_x_input", "integrated_gradients"]
 ExportFormat = Literal["code", "onnx", "onnx-int8"]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -70,6 +71,12 @@ def show_traceback(
 
     `scfoundation COMMAND --help` explains a command, with an example.
     """
+
+
+def _hide_loading(progress: bool) -> None:
+    """Without progress bars, hide transformers' own too, of loading weights."""
+    if not progress:
+        logging.disable_progress_bar()
 
 
 @app.command()
@@ -100,12 +107,9 @@ def embed(
 
     Example: `scfoundation embed cells.h5ad embedded.h5ad --model scfoundation-cell --gene-column symbol`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.inference.embedding import embed as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         model,
@@ -162,12 +166,9 @@ def enhance(
 
     Example: `scfoundation enhance cells.h5ad enhanced.h5ad --model scfoundation-gene --target-depth 10000`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.inference.enhancement import enhance as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         model,
@@ -220,12 +221,9 @@ def gene_embeddings(
 
     Example: `scfoundation gene-embeddings cells.h5ad out.h5ad --model scfoundation-gene --genes CD3D --genes NKG7`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.inference.gene_embeddings import gene_embeddings as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         model,
@@ -266,7 +264,8 @@ def annotate(
         bool, typer.Option(help='Call cells that the model does not know "unassigned"; else by the best type.')
     ] = True,
     explain: Annotated[
-        Explanation | None, typer.Option(help="Name the genes that drove each call, by this method; takes longer.")
+        AttributionMethod | None,
+        typer.Option(help="Name the genes that drove each call, by this method; takes longer."),
     ] = None,
     layer: Layer = None,
     gene_column: GeneColumn = None,
@@ -284,12 +283,9 @@ def annotate(
 
     Example: `scfoundation annotate cells.h5ad annotated.h5ad --model my-types --gene-column symbol`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.inference.annotation import annotate as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         model,
@@ -340,12 +336,9 @@ def index(
 
     Example: `scfoundation index labelled.h5ad reference --model scfoundation-cell --label cell_type`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.inference.reference_index import index_reference as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         model,
@@ -432,12 +425,9 @@ def finetune(
 
     Example: `scfoundation finetune cells.h5ad my-types --label cell_type --split-by donor --model scfoundation-3m`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.trainer_scripts.finetune import finetune as run
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     written = run(
         data,
         output,
@@ -739,12 +729,9 @@ def benchmark_annotation(
     Example: `scfoundation benchmark annotation results --data cells.h5ad --label cell_type --split-by donor --model
     scfoundation-3m --seeds 5`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.trainer_scripts.benchmarks import annotation
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     given = {
         "methods": method,
         "seeds": seeds,
@@ -793,12 +780,9 @@ def benchmark_pretraining(
     Example: `scfoundation benchmark pretraining corpus scaling --model runs/3m --model runs/10m --run runs/3m --run
     runs/10m`
     """
-    from transformers.utils import logging
-
     from scfoundation_hf.trainer_scripts.benchmarks import pretraining
 
-    if not progress:
-        logging.disable_progress_bar()  # transformers' own, while it loads weights
+    _hide_loading(progress)
     typer.echo(
         pretraining.benchmark_pretraining(
             model,
@@ -912,8 +896,6 @@ def benchmark_mapping(
 
 def _read_recipe(recipe: str, known: tuple[str, ...], folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a benchmark: what the recipe says, and what is chosen here instead."""
-    from transformers.utils import logging
-
     from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import read_recipe
 
     logging.disable_progress_bar()  # a model is loaded for every part

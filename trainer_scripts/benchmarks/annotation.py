@@ -23,7 +23,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scfoundation_hf.corpus.lookup import lookup
-from scfoundation_hf.corpus.whole_files import write_json, write_whole
 from scfoundation_hf.inference.loading import load_encoder
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.tokenization.read_depth import row_totals
@@ -44,9 +43,8 @@ from .annotators import (
     quieten,
 )
 from .cell_sets import CellFile, CellSet, read_cells, read_recipe
-from .denoisers import check_packages
-from .enhancement import describe_model
-from .stored_parts import StoredParts, without_nan
+from .methods import check_packages, describe_model
+from .stored_parts import StoredParts
 
 ALL_METHODS = (*METHODS, *MODEL_METHODS)
 SETTINGS = ("methods", "seeds", "max_cells", "min_cells_per_type", "exclude_labels", "freezing", "max_steps")
@@ -171,11 +169,9 @@ def benchmark_annotation(
             for name, cells in sets.items()
         },
     }
-    target = parts.folder
-    write_json(target / "results.json", without_nan(results))
-    write_whole(target / "tables.md", lambda file: file.write(annotation_tables(results).encode()))
-    draw_annotation(results, target / "annotation")
-    return target
+    parts.write_results(results, annotation_tables(results))
+    draw_annotation(results, parts.folder / "annotation")
+    return parts.folder
 
 
 class MethodError(RuntimeError):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .panels import _figure
+from scfoundation_hf.trainer_scripts.figures import COLORS, GREY, saved_figure
+
 from .reports import markdown_table
-from .scaling_figure import COLORS, GREY
 
 COLUMNS = {
     "macro_f1": "macro F1",
@@ -121,7 +121,7 @@ def draw_annotation(results: Mapping[str, Any], path: Path) -> None:
     num_columns = min(PANELS_A_ROW, len(data))
     num_rows = -(-len(data) // num_columns)
     height = 0.17 * len(methods) + 0.6
-    with _figure(path, width=2.3 * num_columns + 2.2, height=height * num_rows) as figure:
+    with saved_figure(path, width=2.3 * num_columns + 2.2, height=height * num_rows) as figure:
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
         for axes, (name, found) in zip(grid.flat, data.items(), strict=False):
             for row, key in enumerate(methods):

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -35,10 +36,11 @@ from scfoundation_hf.evaluation.annotation_scores import annotation_scores
 from scfoundation_hf.inference.annotation import annotate
 from scfoundation_hf.inference.embedding import embed
 from scfoundation_hf.tokenization.read_depth import log1p_cp10k, row_totals
-from scfoundation_hf.trainer_scripts.finetune import REPORT_FILE, finetune, peak_memory_bytes
+from scfoundation_hf.trainer_scripts.finetune import REPORT_FILE, finetune
 from scfoundation_hf.trainer_scripts.finetuning_settings import Freezing
+from scfoundation_hf.trainer_scripts.throughput import peak_memory_bytes
 
-from .denoisers import save_random_weights
+from .methods import save_random_weights
 
 REGULARISATION = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, of which validation chooses
 NUM_NEIGHBORS = (5, 15, 30)
@@ -71,6 +73,7 @@ class Cells:
         """`(C,)` whether each cell is of one of these splits."""
         return np.isin(self.split, splits)
 
+    @cached_property
     def values(self) -> csr_matrix:
         """`(C, G)` float32 log1p(counts per 10,000)."""
         return log1p_cp10k(self.adata.X, row_totals(self.adata.X))
@@ -164,7 +167,7 @@ class GeneRegression:
 
     def fit_predict(self, cells: Cells, *, seed: int) -> Calls:
         """See `Annotator.fit_predict`."""
-        return by_regression(cells.values(), cells)
+        return by_regression(cells.values, cells)
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def _macro_f1(labels: np.ndarray, calls: np.ndarray) -> float:
 def principal_components(cells: Cells, *, seed: int) -> np.ndarray:
     """`(C, 50)`: of the 2,000 most variable genes, scaled; genes, scale and components are those of training cells."""
     train = cells.rows("train")
-    chosen = cells.values()[:, variable_genes(cells)].toarray()
+    chosen = cells.values[:, variable_genes(cells)].toarray()
     scaled = np.clip(StandardScaler().fit(chosen[train]).transform(chosen), -MAX_SCALED, MAX_SCALED)
     num_components = min(NUM_COMPONENTS, *(size - 1 for size in scaled[train].shape))
     pca = PCA(num_components, svd_solver="randomized", random_state=seed).fit(scaled[train])
@@ -246,7 +249,7 @@ def variable_genes(cells: Cells) -> np.ndarray:
     """`(G,)` bool: the most variable genes among training cells, as scanpy finds them by default."""
     import scanpy
 
-    training = AnnData(cells.values()[cells.rows("train")])
+    training = AnnData(cells.values[cells.rows("train")])
     number = min(NUM_VARIABLE_GENES, training.n_vars)
     found = scanpy.pp.highly_variable_genes(training, n_top_genes=number, inplace=False)
     return found["highly_variable"].to_numpy()
@@ -267,7 +270,7 @@ class CellTypist:
         import celltypist
 
         celltypist.logger.set_level(logging.ERROR)
-        values = AnnData(cells.values(), obs=cells.adata.obs, var=cells.adata.var)
+        values = AnnData(cells.values, obs=cells.adata.obs, var=cells.adata.var)
         train = cells.rows("train")
         with _one_vs_rest():
             model = celltypist.train(values[train].copy(), labels=cells.labels[train])

@@ -18,17 +18,16 @@ import numpy as np
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from scfoundation_hf.corpus.whole_files import write_json, write_whole
 from scfoundation_hf.inference.embedding import embed
 from scfoundation_hf.inference.loading import load_with_decoder
 
 from .cell_sets import CellFile, CellSet, read_cells
-from .denoisers import DENOISERS, Setup, check_packages, fit_scvi, save_random_weights, values_of
-from .enhancement import check_methods, describe_model
+from .denoisers import DENOISERS, fit_scvi, values_of
 from .graph_clustering import components_of_expression, leiden, neighbor_graph, umap
+from .methods import Setup, check_methods, check_packages, describe_model, save_random_weights, what_changes
 from .panels import draw_clustering, draw_maps
 from .reports import clustering_tables
-from .stored_parts import StoredParts, without_nan
+from .stored_parts import StoredParts
 
 FOLDS = (1, 2, 3, 4, 5)
 SETTINGS = (
@@ -191,13 +190,17 @@ def benchmark_clustering(
             maps[name] = {}
             for method, fold in runs:
                 bar.set_description(f"{name}, {method}")
+                representation = REPRESENTATIONS[method]
                 setup = Setup(Path(model), control, fold or expression_fold, seed, scvi_epochs, device)
                 part = parts.get(
                     {"data": name, "method": method, "fold": "all" if fold is None else f"{fold:g}", "seed": seed},
-                    partial(measure, cells, REPRESENTATIONS[method], setup, num_repeats=num_repeats),
-                    depends_on=_what_changes(cells, method, setup, about_the_model["fingerprint"]),
+                    partial(measure, cells, representation, setup, num_repeats=num_repeats),
+                    depends_on=what_changes(
+                        cells, representation, model_fingerprint=about_the_model["fingerprint"], scvi_epochs=scvi_epochs
+                    )
+                    | ({"fold": setup.depth_fold} if representation.uses_model else {}),
                 )
-                title = REPRESENTATIONS[method].title.format(fold=fold)
+                title = representation.title.format(fold=fold)
                 found[title] = part["scores"] | {"fold": fold, "seconds": part["seconds"]}
                 if fold in (None, folds[0], folds[-1]):
                     maps[name][title] = (np.array(part["umap"]), cells.labels)
@@ -207,12 +210,10 @@ def benchmark_clustering(
                 "num_labels": len(np.unique(cells.labels)),
                 "methods": found,
             }
-    target = Path(output)
-    write_json(target / "results.json", without_nan(results))
-    write_whole(target / "tables.md", lambda file: file.write(clustering_tables(results).encode()))
-    draw_clustering(results, target / "clustering")
-    draw_maps(maps, target / "umap")
-    return target
+    parts.write_results(results, clustering_tables(results))
+    draw_clustering(results, parts.folder / "clustering")
+    draw_maps(maps, parts.folder / "umap")
+    return parts.folder
 
 
 def measure(cells: CellSet, representation: Representation, setup: Setup, *, num_repeats: int) -> dict[str, Any]:
@@ -233,12 +234,3 @@ def measure(cells: CellSet, representation: Representation, setup: Setup, *, num
         scores |= {key: float(np.mean(values)), f"{key}_sd": float(np.std(values))}
     scores["num_clusters"] = float(np.mean([run.number for run in runs]))
     return {"seconds": seconds, "scores": scores, "umap": np.round(umap(graph, seed=setup.seed), 3)}
-
-
-def _what_changes(cells: CellSet, method: str, setup: Setup, model_fingerprint: str) -> dict[str, Any]:
-    depends_on: dict[str, Any] = {"cells": cells.fingerprint}
-    if REPRESENTATIONS[method].uses_model:
-        depends_on |= {"model": model_fingerprint, "fold": setup.depth_fold}
-    if method.startswith("scvi"):
-        depends_on["scvi_epochs"] = setup.scvi_epochs
-    return depends_on

@@ -9,55 +9,26 @@ shows.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
-from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.evaluation.expected_expression import expected_log1p_cp10k
 from scfoundation_hf.inference.enhancement import enhance
-from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.read_depth import COUNTS_PER_CELL, log1p_cp10k, row_totals
-from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+
+from .methods import Setup
 
 Reading = Literal["plain", "at target depth"]
 KNN_NEIGHBORS = 15
 KNN_COMPONENTS = 10
 SCVI_LATENT = 10
-DISTRIBUTIONS = {
-    "magic": "magic-impute",
-    "scvi": "scvi-tools",
-    "scib_metrics": "scib-metrics",
-    "sklearn": "scikit-learn",
-}  # by module, where they have another name
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What methods may need beside the cells.
-
-    Attributes:
-        model: folder of the model, and of one with the same sizes and new weights.
-        depth_fold: T / S that is asked for.
-        seed: of methods that draw.
-        scvi_epochs: `None`: scVI's own number.
-        device: of our model and scVI; `None`: a GPU if there is one.
-    """
-
-    model: Path
-    random_weights: Path
-    depth_fold: float
-    seed: int = 0
-    scvi_epochs: int | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,32 +62,6 @@ def values_of(denoiser: Denoiser, predicted: np.ndarray, depths: np.ndarray) -> 
         "plain": np.log1p(predicted * np.float32(COUNTS_PER_CELL)),
         "at target depth": expected_log1p_cp10k(predicted, depths),
     }
-
-
-def check_packages(needs: Mapping[str, str | None], *, extra: str) -> None:
-    """Refuse what cannot run here.
-
-    Args:
-        needs: what -> the module that it needs, if any.
-        extra: of this package that brings them all.
-    Raises: ImportError: naming both.
-    """
-    for what, module in needs.items():
-        if module is not None and find_spec(module) is None:
-            distribution = DISTRIBUTIONS.get(module, module)
-            raise ImportError(
-                f"{what} needs {distribution}: pip install {distribution}, or 'scfoundation-hf[{extra}]'."
-            )
-
-
-def save_random_weights(model: Path, folder: Path, *, seed: int) -> Path:
-    """A model of the same sizes with new weights, and its tokenizer: the control of what pretraining brings."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = ScFoundationConfig.from_pretrained(model)
-        ScFoundationForPreTraining(config).save_pretrained(folder)
-    ScFoundationTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
 
 
 def shares_of(counts: csr_matrix) -> np.ndarray:

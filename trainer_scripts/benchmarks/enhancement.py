@@ -20,17 +20,17 @@ from anndata import AnnData
 from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
-from scfoundation_hf.corpus.whole_files import write_json, write_whole
 from scfoundation_hf.evaluation.expression_errors import SUMS, error_sums, measures
-from scfoundation_hf.evaluation.paired_comparison import CONFIDENCE, compare_squared_errors
-from scfoundation_hf.inference.loading import LoadedModel, load_with_decoder
+from scfoundation_hf.evaluation.paired_comparison import CONFIDENCE, compare_errors
+from scfoundation_hf.inference.loading import load_with_decoder
 from scfoundation_hf.tokenization.read_depth import row_totals
 
 from .cell_sets import CellFile, CellSet, down_sample_cells, read_cells
-from .denoisers import DENOISERS, Denoiser, Reading, Setup, check_packages, log1p_values, save_random_weights, values_of
+from .denoisers import DENOISERS, Denoiser, Reading, log1p_values, values_of
+from .methods import Setup, check_methods, describe_model, save_random_weights, what_changes
 from .panels import draw_enhancement
 from .reports import enhancement_tables
-from .stored_parts import StoredParts, without_nan
+from .stored_parts import StoredParts
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 SETTINGS = ("methods", "rates", "max_cells", "seeds", "scvi_epochs")
@@ -110,11 +110,9 @@ def benchmark_enhancement(
                 "median_counts": float(np.median(row_totals(cells.adata.X))),
                 "rates": found,
             }
-    target = Path(output)
-    write_json(target / "results.json", without_nan(results))
-    write_whole(target / "tables.md", lambda file: file.write(enhancement_tables(results).encode()))
-    draw_enhancement(results, target / "enhancement")
-    return target
+    parts.write_results(results, enhancement_tables(results))
+    draw_enhancement(results, parts.folder / "enhancement")
+    return parts.folder
 
 
 def _measure_rate(
@@ -135,7 +133,9 @@ def _measure_rate(
             part = parts.get(
                 {"data": cells.name, "method": method, "rate": rate, "seed": seed},
                 partial(draw.measure, DENOISERS[method], replace(setup, depth_fold=1 / rate, seed=seed)),
-                depends_on=what_changes(cells, method, fingerprint, setup.scvi_epochs),
+                depends_on=what_changes(
+                    cells, DENOISERS[method], model_fingerprint=fingerprint, scvi_epochs=setup.scvi_epochs
+                ),
             )
             about = {name: part[name] for name in ("seconds", "num_left_out")}
             for reading, errors in part["readings"].items():
@@ -246,7 +246,7 @@ def summarise(predictors: Mapping[str, Sequence[Mapping[str, Any]]], *, groups: 
 
 def _compare(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     is_measured = np.isfinite(ours) & np.isfinite(theirs)
-    pair = compare_squared_errors(ours[is_measured], theirs[is_measured], groups=groups[is_measured].tolist())
+    pair = compare_errors(ours[is_measured], theirs[is_measured], groups=groups[is_measured].tolist())
     return asdict(pair)
 
 
@@ -260,15 +260,6 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
 
 
-def describe_model(loaded: LoadedModel[Any]) -> dict[str, Any]:
-    """Name, number of parameters and fingerprint."""
-    return {
-        "name": Path(loaded.name).name,
-        "num_parameters": loaded.model.num_parameters(),
-        "fingerprint": loaded.fingerprint(),
-    }
-
-
 def groups_of(cells: CellSet) -> np.ndarray:
     """`(C,)` the batch of each cell, or the data set's name where there are none."""
     return cells.batches if "batch" in cells.adata.obs else np.full(cells.adata.n_obs, cells.name)
@@ -278,28 +269,3 @@ def title_of(method: str, reading: Reading) -> str:
     """A predictor's name in results and figures."""
     title = DENOISERS[method].title
     return title if reading == "plain" else f"{title}, {reading}"
-
-
-def what_changes(cells: CellSet, method: str, model_fingerprint: str, scvi_epochs: int | None) -> dict[str, Any]:
-    """What a method's results depend on beside rate and seed."""
-    depends_on: dict[str, Any] = {"cells": cells.fingerprint}
-    if DENOISERS[method].uses_model:
-        depends_on["model"] = model_fingerprint
-    if method == "scvi":
-        depends_on["scvi_epochs"] = scvi_epochs
-    return depends_on
-
-
-def check_methods(methods: Sequence[str], known: Mapping[str, Any], *, extra: str) -> None:
-    """Refuse methods that there are not, or whose package is missing.
-
-    Args:
-        known: by name, with `package`.
-        extra: that brings all packages.
-    Raises: ValueError, ImportError.
-    """
-    for method in methods:
-        if method not in known:
-            raise ValueError(f"There is no method {method!r}; choose among {', '.join(known)}.")
-    needs = {f"The method {method!r}": known[method].package for method in methods}
-    check_packages(needs | {"Drawing": "matplotlib"}, extra=extra)

@@ -14,14 +14,12 @@ import numpy as np
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from scfoundation_hf.corpus.whole_files import write_json, write_whole
 from scfoundation_hf.inference.integration import IntegrationMethod, integrate
 from scfoundation_hf.inference.loading import load_with_decoder
 
 from .cell_sets import CellFile, CellSet, read_cells
 from .clustering import embedding_of
-from .denoisers import Setup, check_packages, fit_scvi, log1p_values, save_random_weights
-from .enhancement import check_methods, describe_model
+from .denoisers import fit_scvi, log1p_values
 from .graph_clustering import (
     components_of_expression,
     connectivity_of_labels,
@@ -30,9 +28,10 @@ from .graph_clustering import (
     umap,
     variable_genes,
 )
+from .methods import Setup, check_methods, check_packages, describe_model, save_random_weights, what_changes
 from .panels import draw_integration, draw_maps
 from .reports import mapping_tables
-from .stored_parts import StoredParts, without_nan
+from .stored_parts import StoredParts
 
 SETTINGS = ("methods", "max_cells", "min_cells_per_label", "scvi_epochs", "seed")
 MIN_CELLS_PER_LABEL = 10
@@ -174,7 +173,9 @@ def benchmark_mapping(
                 part = parts.get(
                     {"data": name, "method": method, "seed": seed},
                     partial(measure, cells, mapper, setup, spaces=spaces),
-                    depends_on=_what_changes(cells, method, setup, about_the_model["fingerprint"]),
+                    depends_on=what_changes(
+                        cells, mapper, model_fingerprint=about_the_model["fingerprint"], scvi_epochs=scvi_epochs
+                    ),
                 )
                 found[mapper.title] = part["scores"] | {"seconds": part["seconds"]}
                 places = np.array(part["umap"])
@@ -187,13 +188,11 @@ def benchmark_mapping(
                 "num_batches": len(np.unique(cells.batches)),
                 "methods": found,
             }
-    target = Path(output)
-    write_json(target / "results.json", without_nan(results))
-    write_whole(target / "tables.md", lambda file: file.write(mapping_tables(results).encode()))
-    draw_integration(results, target / "mapping")
+    parts.write_results(results, mapping_tables(results))
+    draw_integration(results, parts.folder / "mapping")
     for kind, of_kind in maps.items():
-        draw_maps(of_kind, target / f"umap_{kind}")
-    return target
+        draw_maps(of_kind, parts.folder / f"umap_{kind}")
+    return parts.folder
 
 
 def measure(
@@ -240,12 +239,3 @@ def measure(
     }
     coordinates = umap(graph, seed=setup.seed, neighbors_key=key)
     return {"seconds": seconds, "scores": scores, "umap": np.round(coordinates, 3)}
-
-
-def _what_changes(cells: CellSet, method: str, setup: Setup, model_fingerprint: str) -> dict[str, Any]:
-    depends_on: dict[str, Any] = {"cells": cells.fingerprint}
-    if MAPPERS[method].uses_model:
-        depends_on["model"] = model_fingerprint
-    if method == "scvi":
-        depends_on["scvi_epochs"] = setup.scvi_epochs
-    return depends_on

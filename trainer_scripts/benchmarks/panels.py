@@ -1,13 +1,12 @@
 """Figures of the benchmarks of enhancement, clustering and mapping: small multiples, as SVG and PNG."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .scaling_figure import COLORS, GREY
+from scfoundation_hf.trainer_scripts.figures import COLORS, GREY, saved_figure
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = COLORS
 STYLES: dict[str, dict[str, Any]] = {
@@ -39,7 +38,7 @@ def draw_enhancement(results: Mapping[str, Any], path: Path) -> None:
     Of shares, the reading at the target depth is drawn for all genes, the plain one for nonzero genes: each is the
     kinder one there.
     """
-    with _figure(path, width=2.7 * len(results["data"]) + 0.6, height=2.1 * len(ERRORS) + 0.7) as figure:
+    with saved_figure(path, width=2.7 * len(results["data"]) + 0.6, height=2.1 * len(ERRORS) + 0.7) as figure:
         grid = figure.subplots(len(ERRORS), len(results["data"]), squeeze=False, sharex=True)
         for column, (name, found) in enumerate(results["data"].items()):
             rates = sorted(found["rates"], key=float)
@@ -72,7 +71,7 @@ def _plain_titles(predictors: Mapping[str, Any]) -> list[str]:
 
 def draw_clustering(results: Mapping[str, Any], path: Path) -> None:
     """Scores of our embeddings against T / S, and those of other methods as levels, as the paper's Fig. 2c."""
-    with _figure(path, width=2.9 * len(results["data"]) + 0.8, height=2.2 * len(SCORES) + 0.9) as figure:
+    with saved_figure(path, width=2.9 * len(results["data"]) + 0.8, height=2.2 * len(SCORES) + 0.9) as figure:
         grid = figure.subplots(len(SCORES), len(results["data"]), squeeze=False, sharex=True)
         for column, (name, found) in enumerate(results["data"].items()):
             folds = {scores["fold"]: scores for scores in found["methods"].values() if scores.get("fold") is not None}
@@ -111,7 +110,7 @@ def draw_maps(maps: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], p
     from matplotlib import colormaps
 
     methods = list(dict.fromkeys(method for of_set in maps.values() for method in of_set))
-    with _figure(path, width=1.7 * len(methods) + 1.6, height=1.8 * len(maps) + 0.3) as figure:
+    with saved_figure(path, width=1.7 * len(methods) + 1.6, height=1.8 * len(maps) + 0.3) as figure:
         grid = figure.subplots(len(maps), len(methods), squeeze=False)
         for row, (name, of_set) in enumerate(maps.items()):
             for axes, method in zip(grid[row], methods, strict=True):
@@ -145,7 +144,7 @@ def draw_maps(maps: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], p
 
 def draw_integration(results: Mapping[str, Any], path: Path) -> None:
     """Conservation of cell types against correction of batches, one panel a data set; up and right is better."""
-    with _figure(path, width=3.4 * len(results["data"]) + 0.4, height=3.6) as figure:
+    with saved_figure(path, width=3.4 * len(results["data"]) + 0.4, height=3.6) as figure:
         grid = figure.subplots(1, len(results["data"]), squeeze=False)[0]
         for axes, (name, found) in zip(grid, results["data"].items(), strict=True):
             scored = {title: scores for title, scores in found["methods"].items() if scores.get("bio") is not None}
@@ -170,25 +169,3 @@ def _integration_style(title: str) -> dict[str, Any]:
         if title.startswith(name):
             return {"color": color, "marker": marker}
     return {"color": "black", "marker": marker}
-
-
-@contextmanager
-def _figure(path: Path, *, width: float, height: float) -> Iterator[Any]:
-    """A figure to fill, saved as `path` with .svg and .png when the block ends."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "scfoundation",
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        figure.savefig(path.with_suffix(".svg"), dpi=200, metadata={"Date": None, "Creator": None})
-        figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})

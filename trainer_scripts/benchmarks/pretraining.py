@@ -27,7 +27,7 @@ from scfoundation_hf.corpus.manifest import CorpusManifest, read_duplicates
 from scfoundation_hf.corpus.streaming import CorpusStream
 from scfoundation_hf.evaluation.baselines import BASELINES, MatrixFactorisation, VisibleCells
 from scfoundation_hf.evaluation.expression_errors import SUMS, ExpressionErrors, error_sums, measures
-from scfoundation_hf.evaluation.paired_comparison import compare_squared_errors
+from scfoundation_hf.evaluation.paired_comparison import compare_errors
 from scfoundation_hf.inference.loading import parse_device
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
@@ -202,7 +202,7 @@ class CellErrors:
         comparisons = {
             name: {
                 baseline: asdict(
-                    compare_squared_errors(squared[name], squared[baseline], groups=group_of_cell.tolist(), seed=seed)
+                    compare_errors(squared[name], squared[baseline], groups=group_of_cell.tolist(), seed=seed)
                 )
                 for baseline in self.sums
                 if baseline not in models

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: for all eyes
-GREY = "#666666"
+from scfoundation_hf.trainer_scripts.figures import COLORS, GREY, saved_figure
+
 NAME_HEIGHT = 9.5  # points
 
 
@@ -65,20 +65,9 @@ def draw_scaling(curves: Sequence[ScalingCurve], levels: Mapping[str, float], pa
         levels: the loss of each baseline.
         path: of the files, without suffix.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import ticker
 
-    style: Any = {
-        "font.family": "DejaVu Sans",  # comes with matplotlib
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "scfoundation",
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        FigureCanvasAgg(figure)
+    with saved_figure(path, width=6.4, height=4.0, font_size=9) as figure:
         axes = figure.add_subplot(xscale="log", yscale="log")
         for number, curve in enumerate(curves):
             color = COLORS[number % len(COLORS)]
@@ -88,14 +77,12 @@ def draw_scaling(curves: Sequence[ScalingCurve], levels: Mapping[str, float], pa
         axes.set_xlabel("floating-point operations of training")
         axes.set_ylabel("validation loss (mean squared error)")
         # Losses often stay within one power of ten, whose two ends would be the only labels.
-        axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
         figure.legend(loc="outside upper left", ncols=4, frameon=False)
         figure.draw_without_rendering()  # settles the layout, so that the names' places are known
         _name_levels(axes, levels)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-        figure.savefig(path.with_suffix(".png"), dpi=200, metadata={"Software": None})
 
 
 def _name_levels(axes: Any, levels: Mapping[str, float]) -> None:

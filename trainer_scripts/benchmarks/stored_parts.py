@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from scfoundation_hf.corpus.whole_files import write_whole
+from scfoundation_hf.corpus.whole_files import write_json, write_whole
 from scfoundation_hf.inference.writer import check_parent
 
 PARTS = "parts"
@@ -59,6 +59,11 @@ class StoredParts:
         text = json.dumps({"depends_on": identity, "result": without_nan(measure())}, allow_nan=False)
         write_whole(path, lambda file: file.write(text.encode()))
         return dict(json.loads(text)["result"])
+
+    def write_results(self, results: Mapping[str, Any], tables: str) -> None:
+        """Write `results.json` and `tables.md`, each whole."""
+        write_json(self.folder / "results.json", without_nan(results))
+        write_whole(self.folder / "tables.md", lambda file: file.write(tables.encode()))
 
 
 def without_nan(value: Any) -> Any:

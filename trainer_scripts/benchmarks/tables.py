@@ -1,8 +1,9 @@
 """The results of the pretraining benchmark as Markdown tables."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from .reports import markdown_table, number
 
 MEASURES = {
     "mse": "MSE",
@@ -35,7 +36,7 @@ def _of_recipe(name: str, recipe: Mapping[str, Any], models: Mapping[str, Any]) 
     }
     totals = next(iter(predictors.values()))
     measured = [
-        [titles[predictor], *(_number(found[measure]) for measure in MEASURES)]
+        [titles[predictor], *(number(found[measure]) for measure in MEASURES)]
         for predictor, found in predictors.items()
     ]
     compared = [
@@ -45,29 +46,22 @@ def _of_recipe(name: str, recipe: Mapping[str, Any], models: Mapping[str, Any]) 
             f"{pair['ratio']:.3f} ({pair['low']:.3f} to {pair['high']:.3f})",
             f"{pair['share_of_cells']:.1%}",
             f"{sum(ratio < 1 for ratio in pair['ratios'].values())} of {len(pair['ratios'])}",
-            _number(max(pair["ratios"].values())),
+            number(max(pair["ratios"].values())),
         ]
         for model, pairs in recipe["comparisons"].items()
         for baseline, pair in pairs.items()
     ]
     by_group = [
-        [group, f"{found['num_cells']:,}", *(_number(found[predictor]["mse"]) for predictor in predictors)]
+        [group, f"{found['num_cells']:,}", *(number(found[predictor]["mse"]) for predictor in predictors)]
         for group, found in recipe["by_group"].items()
     ]
     parts = [
         f"### Recipe `{name}`: {recipe['num_cells']:,} held-out cells, {totals['num_targets']:,.0f} hidden genes, "
         f"{totals['num_targets_nonzero'] / totals['num_targets']:.1%} of them expressed\n",
-        _table(["predictor", *MEASURES.values()], measured),
-        _table(["model", "against", "ratio of MSE (95 %)", "cells better", "groups better", "worst group"], compared),
-        _table(["MSE by group", "cells", *titles.values()], by_group),
+        markdown_table(["predictor", *MEASURES.values()], measured),
+        markdown_table(
+            ["model", "against", "ratio of MSE (95 %)", "cells better", "groups better", "worst group"], compared
+        ),
+        markdown_table(["MSE by group", "cells", *titles.values()], by_group),
     ]
     return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"

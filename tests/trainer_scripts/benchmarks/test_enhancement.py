@@ -16,15 +16,16 @@ from scfoundation_hf.cli import app
 from scfoundation_hf.evaluation.metrics.expression_recovery.expression_recovery import expression_recovery
 from scfoundation_hf.inference.enhancement import enhance
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
-from scfoundation_hf.trainer_scripts.benchmarks import clustering, denoisers, enhancement, mapping
+from scfoundation_hf.trainer_scripts.benchmarks import clustering, enhancement, mapping, methods
 from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import (
     CellFile,
     down_sample_cells,
     read_cells,
     read_recipe,
 )
-from scfoundation_hf.trainer_scripts.benchmarks.denoisers import DENOISERS, Setup, log1p_values, shares_of
+from scfoundation_hf.trainer_scripts.benchmarks.denoisers import DENOISERS, log1p_values, shares_of
 from scfoundation_hf.trainer_scripts.benchmarks.enhancement import Draw, benchmark_enhancement
+from scfoundation_hf.trainer_scripts.benchmarks.methods import Setup
 from scfoundation_hf.trainer_scripts.benchmarks.stored_parts import StoredParts
 
 QUICK = ["down-sampled", "gene-mean", "knn-smoothing", "random-weights", "scfoundation"]
@@ -152,7 +153,7 @@ def test_wrong_settings_are_refused_before_anything_is_made(file, tiny_model_dir
         run(methods=["saver"])
     with pytest.raises(ValueError, match=r"A rate is the share of counts to keep, above 0 and below 1; got 5"):
         run(methods=QUICK, rates=(5,))
-    monkeypatch.setattr(denoisers, "find_spec", lambda name: None)
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"The method 'magic' needs magic-impute: pip install magic-impute, or 'scfoundation-hf"
     ):

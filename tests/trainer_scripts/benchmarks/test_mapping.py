@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from scfoundation_hf.cli import app
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
-from scfoundation_hf.trainer_scripts.benchmarks import denoisers
+from scfoundation_hf.trainer_scripts.benchmarks import methods
 from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import CellFile, read_cells
-from scfoundation_hf.trainer_scripts.benchmarks.denoisers import Setup
 from scfoundation_hf.trainer_scripts.benchmarks.mapping import MAPPERS, Mapper, benchmark_mapping, measure
+from scfoundation_hf.trainer_scripts.benchmarks.methods import Setup
 
 for package in ("scanpy", "scib_metrics", "harmonypy", "bbknn"):
     pytest.importorskip(package, reason=f"needs {package}, of the extras [analysis] and [mapping]")
@@ -85,8 +85,8 @@ def test_wrong_settings_are_refused(two_runs, tiny_model_dir, tmp_path, monkeypa
         run(CellFile(two_runs, label="kind"), methods=["pca"])
     with pytest.raises(ValueError, match="There is no method 'scanorama'"):
         run(CellFile(two_runs, label="kind", batch="run"), methods=["scanorama"])
-    found = denoisers.find_spec
-    monkeypatch.setattr(denoisers, "find_spec", lambda name: None if name == "scib_metrics" else found(name))
+    found = methods.find_spec
+    monkeypatch.setattr(methods, "find_spec", lambda name: None if name == "scib_metrics" else found(name))
     with pytest.raises(
         ImportError, match=r"Scoring needs scib-metrics: pip install scib-metrics, or 'scfoundation-hf\[mapping"
     ):

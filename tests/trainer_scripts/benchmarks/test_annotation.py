@@ -226,7 +226,7 @@ def test_a_data_set_needs_a_label(cells_file, tmp_path):
 
 
 def test_a_missing_package_is_told_before_anything_runs(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("scfoundation_hf.trainer_scripts.benchmarks.denoisers.find_spec", lambda name: None)
+    monkeypatch.setattr("scfoundation_hf.trainer_scripts.benchmarks.methods.find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"method 'celltypist' needs celltypist.*scfoundation-hf\[annotation-benchmark\]"
     ):
