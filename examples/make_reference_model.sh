@@ -36,3 +36,5 @@ scfoundation benchmark pretraining corpus results --model reference-model --run 
 python -m scfoundation_hf.trainer_scripts.model_card reference-model --results results/results.json > /dev/null
 mkdir -p "$here/reference-model"
 find reference-model -maxdepth 1 -type f ! -name pretraining_settings.json -exec cp {} "$here/reference-model/" \;
+cp "$here/reference-model/README.md" "$here/../model_card.md"
+cp results/results.json results/tables.md results/scaling.svg "$here/../docs/benchmarks/pretraining/"
