@@ -26,6 +26,7 @@ from scfoundation_hf.evaluation.flops import batch_training_flops
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
+from scfoundation_hf.trainer_scripts.gene_table import begin_with_principal_components
 from scfoundation_hf.trainer_scripts.trainer import log10_source_depth
 
 MICRO_BATCH = 4
@@ -41,6 +42,7 @@ class Candidate:
     effective_batch_size: int = 16
     learning_rate: float = 1e-3
     decoder_positions: int | None = 2560
+    gene_table: str = "random"
 
 
 ORIGINAL_SMALL: dict[str, Any] = {
@@ -52,6 +54,7 @@ ORIGINAL_SMALL: dict[str, Any] = {
 }
 UNIT = {"embedding_initializer_range": 1.0}
 SMALL = {"embedding_initializer_range": 0.1}
+COMPONENTS = "principal_components"
 CANDIDATES = {
     "3x128, 2x64": Candidate(UNIT),
     "tables drawn at 0.1": Candidate(SMALL),
@@ -60,6 +63,9 @@ CANDIDATES = {
     "batch 4": Candidate(SMALL, effective_batch_size=4),
     "batch 4, projections drawn at 0.08": Candidate(SMALL | {"initializer_range": 0.08}, effective_batch_size=4),
     "batch 4, learning rate 3e-3": Candidate(SMALL, effective_batch_size=4, learning_rate=3e-3),
+    "batch 4, principal components": Candidate(SMALL, 4, gene_table=COMPONENTS),
+    "batch 4, principal components, learning rate 2e-3": Candidate(SMALL, 4, 2e-3, gene_table=COMPONENTS),
+    "batch 4, principal components, learning rate 4e-3": Candidate(SMALL, 4, 4e-3, gene_table=COMPONENTS),
     "learning rate 3e-3": Candidate(SMALL, learning_rate=3e-3),
     "learning rate 5e-4": Candidate(SMALL, learning_rate=5e-4),
     "heads of 64": Candidate(SMALL | {"num_attention_heads": 2}),
@@ -146,6 +152,8 @@ def main() -> None:
         candidate = CANDIDATES[name]
         torch.manual_seed(0)
         model = ScFoundationForPreTraining(ScFoundationConfig.from_preset("3m", **candidate.sizes))
+        if candidate.gene_table == COMPONENTS:
+            begin_with_principal_components(model, str(arguments.corpus))
         done = train(model, candidate, arguments.corpus, 60 * arguments.minutes)
         result = {
             "name": name,

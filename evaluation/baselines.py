@@ -14,16 +14,15 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from scfoundation_hf.modeling_scfoundation.losses import IGNORED_LABEL
 from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
-from scfoundation_hf.tokenization.read_depth import MAX_LOG1P_CP10K, log1p_cp10k, row_totals, working_precision
+from scfoundation_hf.tokenization.read_depth import MAX_LOG1P_CP10K
+
+from .principal_components import log1p_matrices, mean_values, principal_components
 
 RANKS = (4, 8, 16, 32, 64)
-OVERSAMPLING = 16  # directions beyond the largest rank, which make the randomised ones converge
-NUM_PASSES = 8
 REGRESSION_FOLD = 10  # one cell in ten tells the rank and the regression, the others the profile and the factors
 
 
@@ -104,7 +103,7 @@ class GeneMean:
     def fit(self, cells: Iterable[RawCells], *, collator: ScFoundationReadDepthAwareCollator) -> Self:
         """See `Baseline.fit`; nothing is drawn."""
         self.num_genes = _num_genes(collator)
-        self.means = _mean_values(lambda: cells, self.num_genes)
+        self.means = mean_values(lambda: cells, self.num_genes)
         return self
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
@@ -125,7 +124,7 @@ class TargetMean:
     def fit(self, cells: Iterable[RawCells], *, collator: ScFoundationReadDepthAwareCollator) -> Self:
         """See `Baseline.fit`."""
         self.num_genes = _num_genes(collator)
-        self.means = _mean_labels(lambda: cells, collator, prior=_mean_values(lambda: cells, self.num_genes))
+        self.means = _mean_labels(lambda: cells, collator, prior=mean_values(lambda: cells, self.num_genes))
         return self
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
@@ -149,7 +148,7 @@ class _Regressed:
         def profile_cells() -> Iterable[RawCells]:
             return _split(cells, in_fold=False)
 
-        self.means = _mean_values(profile_cells, self.num_genes)
+        self.means = mean_values(profile_cells, self.num_genes)
         self.target_means = _mean_labels(profile_cells, collator, prior=self.means)
         self._fit_profile(profile_cells)
         regressions: dict[int, _Regression] = {}
@@ -221,7 +220,7 @@ class MatrixFactorisation(_Regressed):
 
     def _fit_profile(self, cells: Callable[[], Iterable[RawCells]]) -> None:
         self.loadings, self.variances, self.total_variance = principal_components(
-            lambda: _matrices(cells(), self.num_genes), self.means, rank=max(self.ranks), seed=self.seed
+            lambda: log1p_matrices(cells(), self.num_genes), self.means, rank=max(self.ranks), seed=self.seed
         )
 
     def _estimates(self, cells: VisibleCells, *, only: int | None = None) -> dict[int, np.ndarray]:
@@ -242,40 +241,6 @@ class MatrixFactorisation(_Regressed):
 
 
 BASELINES: tuple[Callable[[], Baseline], ...] = (GeneMean, TargetMean, ScaledProfile, MatrixFactorisation)
-
-
-def principal_components(
-    matrices: Callable[[], Iterable[csr_matrix]], means: np.ndarray, *, rank: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Principal components of sparse rows that are too many for memory, by randomised subspace iteration.
-
-    Args:
-        matrices: gives the rows `(rows, G)`, in parts, `NUM_PASSES` times.
-        means: `(G,)` of the columns.
-        rank: how many.
-    Returns: `(G, rank)` orthonormal loadings, `(rank,)` falling variances along them, and the variance in all.
-    Raises: ValueError: for a rank above the number of rows or columns.
-    Source: Halko, Martinsson and Tropp, Finding structure with randomness, 2011, algorithm 4.4.
-    """
-    width = min(rank + OVERSAMPLING, len(means))
-    loadings = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(means), width)))[0]
-    for number in range(NUM_PASSES):
-        product, num_rows, squares = np.zeros_like(loadings), 0, 0.0
-        for matrix in matrices():
-            scores = matrix @ loadings - means @ loadings
-            product += matrix.T @ scores - np.outer(means, scores.sum(axis=0))
-            num_rows += matrix.shape[0]
-            squares += float(matrix.data @ matrix.data)
-        if rank > min(num_rows, len(means)):
-            raise ValueError(
-                f"{num_rows:,} cells of {len(means):,} genes do not have {rank} components; pass lower ranks."
-            )
-        if number < NUM_PASSES - 1:
-            loadings = np.linalg.qr(product)[0]
-    # Rayleigh-Ritz: the components within the last subspace, whose product with the covariance is at hand.
-    variances, rotation = np.linalg.eigh(loadings.T @ product / num_rows)
-    largest = np.argsort(variances)[::-1][:rank]
-    return loadings @ rotation[:, largest], variances[largest], squares / num_rows - float(means @ means)
 
 
 class _Regression:
@@ -354,23 +319,6 @@ def _split(cells: Iterable[RawCells], *, in_fold: bool) -> Iterable[RawCells]:
         chosen = np.flatnonzero((hashes % REGRESSION_FOLD == 0) == in_fold)
         if len(chosen):
             yield part.select(chosen)
-
-
-def _matrices(cells: Iterable[RawCells], num_genes: int) -> Iterable[csr_matrix]:
-    """log1p(CP10k) of the full cells."""
-    for part in cells:
-        counts = working_precision(part.to_csr(num_genes))
-        yield log1p_cp10k(counts, row_totals(counts))
-
-
-def _mean_values(cells: Callable[[], Iterable[RawCells]], num_genes: int) -> np.ndarray:
-    sums, num_cells = np.zeros(num_genes), 0
-    for matrix in _matrices(cells(), num_genes):
-        sums += matrix.T @ np.ones(matrix.shape[0])
-        num_cells += matrix.shape[0]
-    if not num_cells:
-        raise ValueError("There are no training cells to fit a baseline to, or it was given an iterator already used.")
-    return sums / num_cells
 
 
 def _mean_labels(

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on localhost: the endpoints of model repositories that huggingface_hub calls, over real HTTP.
+"""A Hugging Face Hub on localhost: the endpoints of models and Spaces that huggingface_hub calls, over real HTTP.
 
 Small files travel inside the commit, safetensors files as LFS objects, as on the Hub. It does not speak the Xet
 protocol, so its clients set HF_HUB_DISABLE_XET=1. Files, commits and branches live in memory.
@@ -20,7 +20,7 @@ USER = "tester"
 
 @dataclass
 class Repository:
-    """A model repository: commits by id, each all its files, and branches that point to them."""
+    """The repository of a model or a Space: commits by id, each all its files, and branches that point to them."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class HubServer(ThreadingHTTPServer):
     """The server and all it knows.
 
     Attributes:
-        repositories: by ORG/NAME.
+        repositories: by ORG/NAME, Spaces by spaces/ORG/NAME.
         objects: LFS contents by SHA-256.
         requests: "METHOD path" of every request, in order.
         received: bytes of LFS uploads that arrived, complete ones only, by SHA-256.
@@ -129,8 +129,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.create_repository(json.loads(body))
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.plan_uploads(json.loads(body))
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
-            return self.serve_api("/".join(parts[2:4]), parts[4:], body)
+        if parts[:2] in (["api", "models"], ["api", "spaces"]) and len(parts) >= 4:
+            prefix = "spaces/" if parts[1] == "spaces" else ""
+            return self.serve_api(prefix + "/".join(parts[2:4]), parts[4:], body)
         if "resolve" in parts:
             at = parts.index("resolve")
             return self.serve_file("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))
@@ -158,7 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": code}, status=404, headers={"X-Error-Code": code, "X-Error-Message": code})
 
     def create_repository(self, request: dict) -> None:
-        repo_id = f"{request.get('organization') or USER}/{request['name']}"
+        prefix = "spaces/" if request.get("type") == "space" else ""
+        repo_id = f"{prefix}{request.get('organization') or USER}/{request['name']}"
         url = {"url": f"{self.server.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.server.repositories:
             return self.answer({**url, "error": "You already created this model repo"}, status=409)

@@ -29,6 +29,7 @@ from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwar
 from scfoundation_hf.tokenization.read_depth_aware import ReadDepthAwareRecipe
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
+from .gene_table import begin_with_principal_components
 from .model_card import REPORT_FILE, licence_of, make_model_card
 from .pretraining_config import PretrainingConfig, read_config
 from .trainer import UNFINISHED, ScFoundationTrainer
@@ -79,7 +80,7 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
         config = read_config(config)
     args = config.training
     folder = Path(args.output_dir or "")
-    _check_licence(config)
+    _check_new(config)
     logging.disable_progress_bar()  # one for each checkpoint's file; the bar of the training is not among them
     with args.main_process_first(local=False):
         if args.should_save:
@@ -87,6 +88,10 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     checkpoint = get_last_checkpoint(str(folder))
     set_seed(args.seed)
     model, tokenizer = load_model(config)
+    if config.gene_table == "principal_components" and checkpoint is None:
+        begin_with_principal_components(
+            model, config.corpus, is_main_process=args.process_index == 0, device=args.device
+        )
     train, validation = open_corpus(config)
     if args.max_steps <= 0:
         steps = args.num_train_epochs * len(train) / args.gradient_accumulation_steps
@@ -114,8 +119,16 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     return folder
 
 
-def _check_licence(config: PretrainingConfig) -> None:
-    stated = {} if config.model.lower() in PRESETS else licence_of(config.model)
+def _check_new(config: PretrainingConfig) -> None:
+    """Refuse what only a new model can be given, for one to continue from."""
+    if config.model.lower() in PRESETS:
+        return
+    if config.gene_table != "random":
+        raise ValueError(
+            f"gene_table {config.gene_table} is what a new model begins with, and {config.model} has a table that it "
+            "learnt; leave it out."
+        )
+    stated = licence_of(config.model)
     if stated and config.license is not None:
         raise ValueError(
             f"The weights of {config.model} are licensed as {stated.get('license_name', stated['license'])}, which "
@@ -195,6 +208,7 @@ def _settings(config: PretrainingConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "model_overrides": config.model_overrides,
+        "gene_table": config.gene_table,
         **{name: arguments[name] for name in FIXED_ARGUMENTS},
     }
 

@@ -24,6 +24,8 @@ class PretrainingConfig:
         training: the training arguments; their `output_dir` becomes the model folder.
         model: a preset ("3m", "10m", "100m"), or the folder or Hub id of a model to continue from.
         model_overrides: fields of the model's configuration to set differently.
+        gene_table: what a new model knows of genes: nothing ("random", as the original), or which of them go together
+            in the corpus ("principal_components", `gene_table.py`).
         attn_implementation: attention backend of the encoder, such as "flash_attention_2"; default: sdpa.
         license: of the weights, as the Hub names it ("cc-by-4.0"), for the model card; that of a model to continue from
             holds for what is made of it.
@@ -34,6 +36,7 @@ class PretrainingConfig:
     training: ScFoundationTrainingArguments
     model: str = "100m"
     model_overrides: dict[str, Any] = field(default_factory=dict)
+    gene_table: Literal["random", "principal_components"] = "random"
     attn_implementation: str | None = None
     license: str | None = None
     overwrite: bool = False

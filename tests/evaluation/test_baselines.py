@@ -4,7 +4,6 @@ import anndata
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from scfoundation_hf.evaluation import baselines
 from scfoundation_hf.evaluation.baselines import (
@@ -14,12 +13,11 @@ from scfoundation_hf.evaluation.baselines import (
     ScaledProfile,
     TargetMean,
     VisibleCells,
-    principal_components,
 )
 from scfoundation_hf.evaluation.expression_errors import error_sums, measures
 from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
-from scfoundation_hf.tokenization.read_depth import log1p_cp10k, row_totals
+from scfoundation_hf.tokenization.read_depth import row_totals
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 
 NUM_GENES = 19264
@@ -141,18 +139,6 @@ def test_they_get_better_in_order_on_cells_not_seen(fitted, other_cells, collato
     assert errors["matrix factorisation"] < errors["scaled profile"]
 
 
-def test_components_are_those_of_the_full_decomposition(matrix):
-    values = log1p_cp10k(matrix[:200].astype(np.float64), row_totals(matrix[:200]))[:, :3000]
-    parts = [values[:70], values[70:]]
-    means = np.asarray(values.mean(axis=0)).ravel()
-    loadings, variances, total = principal_components(lambda: parts, means, rank=4)
-    expected = PCA(4, svd_solver="full").fit(values.toarray())
-    np.testing.assert_allclose(variances, expected.explained_variance_ * 199 / 200, rtol=1e-3)
-    np.testing.assert_allclose(np.abs(np.sum(loadings * expected.components_.T, axis=0)), 1, atol=5e-3)
-    np.testing.assert_allclose(total, values.toarray().var(axis=0).sum(), rtol=1e-10)
-    np.testing.assert_allclose(loadings.T @ loadings, np.eye(4), atol=1e-10)
-
-
 def synthetic(rank, num_cells=400, seed=0):
     """A factorisation that was given its loadings, and batches of cells that follow them exactly."""
     generator = np.random.default_rng(seed)
@@ -264,7 +250,7 @@ def test_epochs_follow_their_cells(training_cells):
 def test_refuses_a_stream_used_up(kind, training_cells, collators):
     used_up = iter(training_cells)
     list(used_up)
-    with pytest.raises(ValueError, match="no training cells to fit a baseline to, or it was given an iterator"):
+    with pytest.raises(ValueError, match="no training cells to learn from, or it was given an iterator"):
         kind().fit(used_up, collator=collators["released"])
 
 

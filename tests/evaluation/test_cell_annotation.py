@@ -1,10 +1,7 @@
-"""The metric loads by its path without a network, from a Hub with one, and gives what the function gives."""
+"""The metric loads by its path without a network, and gives what the function gives."""
 
-import functools
-import http.server
 import os
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -55,24 +52,3 @@ def test_batches_are_added_up_and_probabilities_taken_at_the_end(evaluate, folde
     found = metric.compute(probabilities=PROBABILITIES, classes=["B", "NK"])
     assert found == annotation_scores(TRUE, PREDICTED, PROBABILITIES, classes=["B", "NK"])
     assert found["expected_calibration_error"] > 0
-
-
-def test_its_files_are_all_that_the_hub_needs(evaluate, folder, tmp_path, monkeypatch):
-    """A server that has this folder's files where the Hub keeps a metric's."""
-    place = tmp_path / "hub" / "spaces" / "some-lab" / "cell_annotation" / "resolve"
-    place.mkdir(parents=True)
-    (place / "main").symlink_to(folder, target_is_directory=True)
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "hub"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/spaces/{{path}}/resolve/{{revision}}/{{name}}"
-        monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", url)
-        monkeypatch.setattr(evaluate.loading, "increase_load_count", lambda *_, **__: None)
-        metric = evaluate.load("some-lab/cell_annotation", revision="main")
-        server.shutdown()
-    assert metric.compute(predictions=PREDICTED, references=TRUE) == annotation_scores(TRUE, PREDICTED)
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass

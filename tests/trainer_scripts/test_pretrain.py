@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer
 import scfoundation_hf
 from scfoundation_hf.cli import main as cli
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationModel
+from scfoundation_hf.trainer_scripts.gene_table import begin_with_principal_components
 from scfoundation_hf.trainer_scripts.pretrain import load_model, pretrain
 
 from .conftest import TINY_MODEL, WITHOUT_DROPOUT
@@ -148,6 +149,23 @@ def test_the_licence_of_a_model_to_continue_from_is_not_replaced(make_config, tm
         pretrain(make_config(model=str(tmp_path), model_overrides={}, license="mit"))
 
 
+def test_a_table_that_was_learnt_is_not_begun_again(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"has a table that it learnt; leave it out"):
+        pretrain(make_config(model=str(tmp_path), model_overrides={}, gene_table="principal_components"))
+
+
+def test_a_new_model_can_begin_with_what_genes_have_in_common(make_config):
+    plain = make_config(gene_table="principal_components", max_steps=1, learning_rate=1e-9)
+    folder = pretrain(plain)
+    begun, _ = load_model(plain)
+    begin_with_principal_components(begun, plain.corpus)
+    found = weights(folder)["scfoundation.embeddings.identity_embedding.weight"]
+    expected = begun.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(found[:19264], expected[:19264], rtol=0, atol=1e-6)  # the rows of T and S were drawn
+    assert report(folder)["settings"]["gene_table"] == "principal_components"
+    assert "begun with the principal components of training cells" in ModelCard.load(folder / "README.md").text
+
+
 def test_a_model_without_its_decoder_is_refused(make_config, tiny_config, tmp_path):
     ScFoundationModel(tiny_config).save_pretrained(tmp_path / "encoder")
     scfoundation_hf.ScFoundationTokenizer().save_pretrained(tmp_path / "encoder")
@@ -211,6 +229,7 @@ def test_a_killed_run_ends_as_one_left_alone(settings, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns_also_when_one_is_killed(settings, tmp_path, sharded):
     settings |= {"model_overrides": TINY_MODEL | WITHOUT_DROPOUT, "logging_steps": 1, "eval_strategy": "steps"}
+    settings |= {"gene_table": "principal_components"}
     alone, together = tmp_path / "alone", tmp_path / "together"
     finish(command(tmp_path, settings | {"output_dir": str(alone)}))
 

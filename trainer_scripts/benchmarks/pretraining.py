@@ -7,7 +7,6 @@ python -m scfoundation_hf.trainer_scripts.benchmarks.pretraining CORPUS OUT --mo
 import argparse
 import json
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,13 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scfoundation_hf.corpus.manifest import CorpusManifest, read_duplicates
+from scfoundation_hf.corpus.sampling import sample_cells
 from scfoundation_hf.corpus.streaming import CorpusStream
 from scfoundation_hf.evaluation.baselines import BASELINES, MatrixFactorisation, VisibleCells
 from scfoundation_hf.evaluation.expression_errors import SUMS, ExpressionErrors, error_sums, measures
 from scfoundation_hf.evaluation.paired_comparison import compare_errors
 from scfoundation_hf.inference.loading import parse_device
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
-from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
+from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.read_depth_aware import RECIPES
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 from scfoundation_hf.trainer_scripts.output_folder import check_output_folder, replacing
@@ -254,19 +254,6 @@ def read_groups(corpus: str | PathLike[str], *, columns: Sequence[str] | None = 
                 values = (row[column] for column in columns if row[column] is not None)
                 groups[row["cell_id"]] = ", ".join([names[shard.source], *islice(values, 1)])
     return groups
-
-
-def sample_cells(stream: CorpusStream, num_cells: int) -> list[RawCells]:
-    """About `num_cells` of the cells, an even draw by a hash of their ids, or all if there are fewer."""
-    share = num_cells / stream.num_cells
-    sample = []
-    for cells in stream:
-        # Not the low bits: by these, the baselines split the cells again.
-        ranks = np.array([zlib.crc32(str(cell_id).encode()) for cell_id in cells.cell_ids]) / 2**32
-        chosen = np.flatnonzero(ranks < share)
-        if len(chosen):
-            sample.append(cells.select(chosen))
-    return sample
 
 
 def _load(folder: Path, device: torch.device) -> ScFoundationForPreTraining:

@@ -21,7 +21,7 @@ from scfoundation_hf.tokenization.data_collator import ScFoundationReadDepthAwar
 from scfoundation_hf.tokenization.gene_vocabulary import Gene, GeneVocabulary
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 from scfoundation_hf.trainer_scripts.benchmarks import pretraining
-from scfoundation_hf.trainer_scripts.benchmarks.pretraining import benchmark_pretraining, read_groups, sample_cells
+from scfoundation_hf.trainer_scripts.benchmarks.pretraining import benchmark_pretraining, read_groups
 from scfoundation_hf.trainer_scripts.benchmarks.scaling_figure import ScalingCurve, draw_scaling, read_curve
 
 BASELINE_NAMES = ["gene mean", "gene mean over targets", "scaled profile", "matrix factorisation"]
@@ -172,15 +172,6 @@ def test_files_of_the_same_name_keep_their_folders(example_cells, tmp_path):
     inputs = sorted(tmp_path.glob("*/cells.h5ad"))
     prepare(inputs, tmp_path / "corpus", validation_share=1, progress=False)
     assert set(read_groups(tmp_path / "corpus").values()) == {str(path) for path in inputs}
-
-
-def test_a_sample_is_an_even_share(corpus):
-    stream = CorpusStream(corpus, batch_size=16)
-    every = {cell for part in sample_cells(stream, 10_000) for cell in part.cell_ids}
-    assert len(every) == stream.num_cells
-    few = [cell for part in sample_cells(stream, stream.num_cells // 2) for cell in part.cell_ids]
-    assert set(few) < every
-    assert abs(len(few) - stream.num_cells / 2) < 4 * np.sqrt(stream.num_cells / 4)  # four standard deviations
 
 
 def test_fewer_cells_and_other_batches(tiny_model_dir, corpus, tmp_path, monkeypatch):
