@@ -14,8 +14,15 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 PRESETS = ("3m", "10m", "100m")
-# What transformers puts into any config without declaring it as a field.
-UNDECLARED_FIELDS = ("attn_implementation", "auto_map", "quantization_config", "tie_word_embeddings", "torch_dtype")
+# What transformers, of one version or another, puts into any config without declaring it as a field.
+UNDECLARED_FIELDS = (
+    "_commit_hash",
+    "attn_implementation",
+    "auto_map",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+)
 
 ClassificationLoss = Literal["cross_entropy", "weighted_cross_entropy", "focal"]
 

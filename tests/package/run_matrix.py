@@ -69,7 +69,7 @@ def run(kind: str, arguments: list[str]) -> int:
     of_transformers = [pin for pin in chosen if not pin.startswith(("datasets", "anndata"))]
     remote = environment(f"{kind}-remote", *of_transformers, *REMOTE_CODE, limits=limits)
     python = environment(kind, "torch", "setuptools", limits=limits)
-    strict = ["--config-settings", "editable_mode=strict", "--editable", ".[train,analysis,dev,onnx]"]
+    strict = ["--config-settings", "editable_mode=strict", "--editable", ".[train,analysis,onnx,annotate,mapping,dev]"]
     python = environment(kind, *chosen, *strict, limits=limits)
     report = f"import importlib.metadata as m; print({kind!r}, *(f'{{n}} {{m.version(n)}}' for n in {names}), sep=', ')"
     subprocess.run([python, "-c", report], check=True)

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from packaging.version import Version
 
 from scfoundation_hf import hub
 from scfoundation_hf.cli import main
@@ -103,6 +105,10 @@ def test_an_upload_that_keeps_breaking_off(here, model, monkeypatch):
     assert here.files(REPO)["model.safetensors"] == before["model.safetensors"]
 
 
+@pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("1.21"),
+    reason="huggingface-hub tries again by itself from 1.21 on; before, the same command has to be given again",
+)
 def test_an_upload_that_breaks_off_once_goes_on_by_itself(here, model):
     here.cut_after = 1000
 
