@@ -1,6 +1,7 @@
 """A part of a corpus small enough to be held in memory."""
 
 import zlib
+from os import PathLike
 
 import numpy as np
 
@@ -8,9 +9,15 @@ from scfoundation_hf.tokenization.data_collator import RawCells
 
 from .streaming import CorpusStream
 
+STREAM_BATCH = 256  # cells read at once; which are drawn does not depend on it
 
-def sample_cells(stream: CorpusStream, num_cells: int) -> list[RawCells]:
-    """About `num_cells` of the cells, an even draw by a hash of their ids, or all if there are fewer."""
+
+def sample_cells(corpus: str | PathLike[str], num_cells: int) -> list[RawCells]:
+    """About `num_cells` of the training cells, an even draw by a hash of their ids, or all if there are fewer.
+
+    The whole split is read.
+    """
+    stream = CorpusStream(corpus, batch_size=STREAM_BATCH)
     share = num_cells / stream.num_cells
     sample = []
     for cells in stream:

@@ -7,6 +7,8 @@ protocol, so its clients set HF_HUB_DISABLE_XET=1. Files, commits and branches l
 import base64
 import hashlib
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,10 +81,24 @@ class HubServer(ThreadingHTTPServer):
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
         return environment | ({"HF_TOKEN": TOKEN} if log_in else {})
+
+    def process_environment(self, home: object, *, log_in: bool = True) -> dict[str, str]:
+        """All of the environment of such a process: this one's, without what it says of a Hub."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        return own | self.client_environment(home, log_in=log_in)
+
+    def run_client(self, home: object, *command: object, log_in: bool = True) -> str:
+        """A process of its own, whose Hub is this server from the first import on; returns what it prints."""
+        words = [str(word) for word in command]
+        environment = self.process_environment(home, log_in=log_in)
+        run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-4000:]
+        return run.stdout
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients of these tests go away in the middle; that is no news."""

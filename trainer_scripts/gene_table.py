@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast  # type: ignore[import-untyped]
 
 from scfoundation_hf.corpus.sampling import sample_cells
-from scfoundation_hf.corpus.streaming import CorpusStream
 from scfoundation_hf.evaluation.principal_components import log1p_matrices, mean_values, principal_components
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.data_collator import RawCells
@@ -21,36 +21,32 @@ from scfoundation_hf.tokenization.data_collator import RawCells
 MAX_CELLS = 6_000
 MAX_RANK = 127
 PROFILE_STD = 0.2
-STREAM_BATCH = 256  # cells read at once; which are drawn does not depend on it
 
 
 @torch.no_grad()
-def begin_with_principal_components(
-    model: ScFoundationForPreTraining, corpus: str, *, is_main_process: bool = True, device: torch.device | None = None
-) -> None:
+def begin_with_principal_components(model: ScFoundationForPreTraining, corpus: str) -> None:
     """Replace the model's freshly drawn gene table by profiles of the genes in the training split of a corpus.
 
     The first columns, at most 128, take `gene_profiles` of at most 6,000 cells at a standard deviation of 0.2; the
-    others stay as they are, and so do the rows of T, S and padding.
+    others stay as they are, and so do the rows of T, S and padding. Of several processes, all of which call this, one
+    computes the profiles and sends them to the others.
 
-    Args:
-        is_main_process: of several processes, all of which call this, one computes and sends the others its profiles.
-        device: on which the processes send.
     Raises: ValueError: if the training split has no more cells than the profiles have components.
     """
     embeddings: Any = model.get_input_embeddings()
     table: torch.Tensor = embeddings.weight
     num_genes = model.config.num_genes
     rank = min(MAX_RANK, model.config.hidden_size - 1)
-    profiles = torch.empty(num_genes, 1 + rank, dtype=table.dtype, device=device)
-    if is_main_process:
+    state = PartialState()
+    profiles = torch.empty(num_genes, 1 + rank, dtype=table.dtype, device=state.device)
+    if state.is_main_process:
         cells = _training_cells(corpus, more_than=rank)
         profiles.copy_(torch.from_numpy(gene_profiles(cells, num_genes=num_genes, rank=rank)))
     table[:num_genes, : 1 + rank] = PROFILE_STD * broadcast(profiles).to(table.device)
 
 
 def _training_cells(corpus: str, *, more_than: int) -> list[RawCells]:
-    cells = sample_cells(CorpusStream(corpus, batch_size=STREAM_BATCH), MAX_CELLS)
+    cells = sample_cells(corpus, MAX_CELLS)
     num_cells = sum(map(len, cells))
     if num_cells <= more_than:
         raise ValueError(
@@ -60,7 +56,7 @@ def _training_cells(corpus: str, *, more_than: int) -> list[RawCells]:
     return cells
 
 
-def gene_profiles(cells: Sequence[RawCells], *, num_genes: int, rank: int, seed: int = 0) -> np.ndarray:
+def gene_profiles(cells: Sequence[RawCells], *, num_genes: int, rank: int) -> np.ndarray:
     """What is known of each gene from some cells: `(G, 1 + R)` float64, columns of mean 0 and standard deviation 1.
 
     The first column is the gene's mean log1p(CP10k), the others its loadings on the cells' principal components. A few
@@ -68,10 +64,9 @@ def gene_profiles(cells: Sequence[RawCells], *, num_genes: int, rank: int, seed:
 
     Args:
         rank: components, fewer than there are cells.
-        seed: of the directions that the search for components begins with.
     """
     means = mean_values(lambda: cells, num_genes)
-    loadings, _, _ = principal_components(lambda: log1p_matrices(cells, num_genes), means, rank=rank, seed=seed)
+    loadings, _, _ = principal_components(lambda: log1p_matrices(cells, num_genes), means, rank=rank)
     columns = _standardised(np.column_stack([means, loadings]))
     return _standardised(np.sign(columns) * np.log1p(np.abs(columns)))
 

@@ -89,9 +89,7 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     set_seed(args.seed)
     model, tokenizer = load_model(config)
     if config.gene_table == "principal_components" and checkpoint is None:
-        begin_with_principal_components(
-            model, config.corpus, is_main_process=args.process_index == 0, device=args.device
-        )
+        begin_with_principal_components(model, config.corpus)
     train, validation = open_corpus(config)
     if args.max_steps <= 0:
         steps = args.num_train_epochs * len(train) / args.gradient_accumulation_steps

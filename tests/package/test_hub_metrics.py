@@ -1,9 +1,8 @@
 """Metrics on the Hub: uploaded by the command of the docs, loaded by name with nothing but what was uploaded."""
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +17,19 @@ EXPRESSION, PREDICTED = [[0.0, 2.0, 2.0], [4.0, 0.0, 1.0]], [[0.0, 1.0, 3.0], [1
 
 
 @pytest.fixture
-def environment(server, tmp_path) -> dict[str, str]:
-    """Of a process that takes the server for the Hub."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return own | server.client_environment(tmp_path / "home") | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-
-
-def run(environment: dict[str, str], *command: str) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+def run(server, tmp_path) -> Callable[..., str]:
+    """Runs a command that takes the server for the Hub."""
+    return lambda *command: server.run_client(tmp_path / "home", *command)
 
 
 @pytest.fixture
-def push(server, environment, repository):
+def push(server, run, repository):
     """Uploads a metric by name; returns how it is called there."""
 
     def upload(name: str) -> str:
-        hf = str(Path(sys.executable).with_name("hf"))
+        hf = Path(sys.executable).with_name("hf")
         folder = repository / "evaluation" / "metrics" / name
-        run(environment, hf, "upload", f"lab/{name}", str(folder), "--repo-type", "space", "--exclude", "__pycache__/*")
+        run(hf, "upload", f"lab/{name}", folder, "--repo-type", "space", "--exclude", "__pycache__/*")
         uploaded = server.files(f"spaces/lab/{name}").keys() - {".gitattributes"}
         assert uploaded == {path.name for path in folder.iterdir() if path.is_file()}
         return f"lab/{name}"
@@ -58,16 +50,16 @@ def push(server, environment, repository):
     ],
     ids=["cell_annotation", "clustering", "expression_recovery"],
 )
-def test_a_metric_loads_by_name(environment, push, name, arguments, expected):
+def test_a_metric_loads_by_name(run, push, name, arguments, expected):
     code = (
         "import json, sys, evaluate; print(json.dumps(evaluate.load(sys.argv[1]).compute(**json.loads(sys.argv[2]))))"
     )
-    found = json.loads(run(environment, sys.executable, "-c", code, push(name), json.dumps(arguments)))
+    found = json.loads(run(sys.executable, "-c", code, push(name), json.dumps(arguments)))
     assert found == json.loads(json.dumps(expected))
 
 
-def test_the_metric_of_integration_loads_by_name(environment, push):
+def test_the_metric_of_integration_loads_by_name(run, push):
     """Its scores need more cells; tests/evaluation computes them."""
     pytest.importorskip("scib_metrics")
     code = "import sys, evaluate; print(evaluate.load(sys.argv[1]).name)"
-    assert run(environment, sys.executable, "-W", "ignore", "-c", code, push("integration")).strip() == "integration"
+    assert run(sys.executable, "-W", "ignore", "-c", code, push("integration")).strip() == "integration"

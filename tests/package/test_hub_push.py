@@ -1,7 +1,6 @@
 """Publishing to a Hub that speaks HTTP: what arrives, what an interruption leaves, what errors say."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -47,13 +46,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_python(server, home: Path, code: str, *arguments: object, log_in: bool = True) -> str:
-    """A process of its own, whose Hub is the server from the first import on; returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= server.client_environment(home, log_in=log_in)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
+    """Python in a process of its own, whose Hub is the server; returns what it prints."""
+    return server.run_client(home, sys.executable, "-c", code, *arguments, log_in=log_in)
 
 
 def test_push_publishes_the_export_in_one_commit(here, model, tmp_path):
@@ -169,8 +163,7 @@ def test_a_killed_upload_is_resumed_by_the_same_command(server, tmp_path, tiny_m
     assert len(sizes) == 2
     before = contents(folder)
     server.stall_after = sizes[0] + 1
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= server.client_environment(tmp_path / "home")
+    environment = server.process_environment(tmp_path / "home")
     process = subprocess.Popen([sys.executable, "-c", PUSH, folder, REPO], env=environment, stderr=subprocess.DEVNULL)
     try:
         assert server.stalled.wait(timeout=120)

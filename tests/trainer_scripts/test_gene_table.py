@@ -6,7 +6,6 @@ import torch
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.corpus.sampling import sample_cells
-from scfoundation_hf.corpus.streaming import CorpusStream
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.trainer_scripts import gene_table
@@ -19,7 +18,7 @@ NUM_GENES = 19264
 
 @pytest.fixture(scope="module")
 def cells(corpus):
-    return sample_cells(CorpusStream(corpus, batch_size=64), 10_000)
+    return sample_cells(corpus, 10_000)
 
 
 def make_model(**sizes):

@@ -39,7 +39,6 @@ from .scaling_figure import draw_scaling, read_curve
 from .tables import as_markdown
 
 RESULTS_NAME, TABLES_NAME, FIGURE_NAME = "results.json", "tables.md", "scaling"
-STREAM_BATCH = 256  # training cells read at once; what is fitted does not depend on it
 
 Predict = Callable[[Mapping[str, Any]], Tensor]
 
@@ -92,7 +91,7 @@ def benchmark_pretraining(
     curves = [read_curve(run) for run in runs]
     validation = CorpusStream(corpus, split="validation", batch_size=batch_size)
     groups = read_groups(corpus, columns=group_by)
-    training_cells = sample_cells(CorpusStream(corpus, batch_size=STREAM_BATCH), baseline_cells)
+    training_cells = sample_cells(corpus, baseline_cells)
     chosen_device = parse_device(device)
     loaded = {name: _load(folder, chosen_device) for name, folder in folders.items()}
     results: dict[str, Any] = {
