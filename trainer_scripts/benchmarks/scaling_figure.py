@@ -80,6 +80,9 @@ def draw_scaling(curves: Sequence[ScalingCurve], levels: Mapping[str, float], pa
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(99, 99)))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         figure.legend(loc="outside upper left", ncols=4, frameon=False)
         figure.draw_without_rendering()  # settles the layout, so that the names' places are known
         _name_levels(axes, levels)
