@@ -100,6 +100,8 @@ def annotate(
     - with `explain`: `obs["scfoundation_top_genes"]`, the ten genes that spoke most for the type, and
       `uns["scfoundation"]["scfoundation_top_genes"]`, JSON: for each type the twenty with the largest mean attribution.
 
+    What an earlier call with the same `key_added` left is replaced or removed.
+
     A fine-tuned model's folder holds its calibration: temperature and the confidence below which a cell is
     "unassigned". Without one, probabilities are the plain softmax and no cell is unassigned, which a warning says. With
     a reference a cell is "unassigned" if it is farther from it than 95 % of the reference's own cells are.
@@ -325,6 +327,7 @@ def _results(rows: np.ndarray | StoredRows, annotator: Annotator, job: CellJob, 
         obsm={f"{key_added}_probabilities": named_rows},
         obs={f"{key_added}_{name}": column for name, column in obs.items()},
         uns=uns,
+        replaced=[f"{key_added}_{name}" for name in ("distance", "top_genes")],
     )
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,14 +43,21 @@ class CellResults:
         obsm: name -> `(cells, ...)` array or stored rows, read in blocks of rows, or columns of such rows.
         obs: name -> `(cells,)` array or categorical.
         uns: name -> text, put below `uns["scfoundation"]`.
+        replaced: names of columns in `obs`, and below `uns["scfoundation"]`, that an earlier run of the job may have left:
+            removed, so that nothing of it is taken for a result of this one.
     """
 
     obsm: "Mapping[str, np.ndarray | StoredRows | NamedColumns]"
     obs: Mapping[str, np.ndarray | pd.Categorical]
     uns: Mapping[str, str]
+    replaced: Collection[str] = ()
 
     def add_to(self, data: AnnData) -> None:
         """Put the results into an AnnData in memory."""
+        for name in self.replaced:
+            if name in data.obs:
+                del data.obs[name]
+            data.uns.get("scfoundation", {}).pop(name, None)
         for name, values in self.obs.items():
             data.obs[name] = values
         for name, rows in self.obsm.items():
@@ -415,6 +422,10 @@ def _add_results(root: Any, results: CellResults) -> None:
             anndata.io.write_elem(root, name, {})
     if "scfoundation" not in root["uns"]:
         anndata.io.write_elem(root["uns"], "scfoundation", {})
+    for name in results.replaced:
+        _remove_obs_column(root, name)
+        if name in root["uns/scfoundation"]:
+            del root["uns/scfoundation"][name]
     for name, text in results.uns.items():
         anndata.io.write_elem(root["uns/scfoundation"], name, text)
     for name, values in results.obs.items():
@@ -435,9 +446,23 @@ def _add_obs_column(root: Any, name: str, values: np.ndarray | pd.Categorical) -
     anndata.io.write_elem(root["obs"], name, values)
     columns = [str(column) for column in root["obs"].attrs["column-order"]]
     if name not in columns:
-        columns.append(name)
-        in_h5 = isinstance(root, h5py.Group)
-        root["obs"].attrs["column-order"] = np.array(columns, dtype=h5py.string_dtype()) if in_h5 else columns
+        _set_obs_columns(root, [*columns, name])
+
+
+def _remove_obs_column(root: Any, name: str) -> None:
+    if "column-order" not in root["obs"].attrs:
+        obs = anndata.io.read_elem(root["obs"])
+        if name in obs:
+            anndata.io.write_elem(root, "obs", obs.drop(columns=name))
+    elif name in root["obs"]:
+        del root["obs"][name]
+        columns = [str(column) for column in root["obs"].attrs["column-order"]]
+        _set_obs_columns(root, [column for column in columns if column != name])
+
+
+def _set_obs_columns(root: Any, columns: list[str]) -> None:
+    in_h5 = isinstance(root, h5py.Group)
+    root["obs"].attrs["column-order"] = np.array(columns, dtype=h5py.string_dtype()) if in_h5 else columns
 
 
 def _add_rows(group: Any, name: str, rows: np.ndarray | StoredRows) -> None:

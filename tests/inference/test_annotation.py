@@ -276,12 +276,16 @@ def read(path: Path) -> anndata.AnnData:
     return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_a_file_gives_what_memory_gives(cells, model_dir, cell_types, tmp_path, suffix):
-    source = tmp_path / f"in{suffix}"
+def write_copy(cells: anndata.AnnData, path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Writing zarr v2|Consolidated metadata")
-        cells.write_zarr(source) if suffix == ".zarr" else cells.write_h5ad(source)
+        cells.write_zarr(path) if path.suffix == ".zarr" else cells.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_file_gives_what_memory_gives(cells, model_dir, cell_types, tmp_path, suffix):
+    source = write_copy(cells, tmp_path / f"in{suffix}")
     output = annotate(source, model_dir, output=tmp_path / f"out{suffix}", tokens_per_batch=700, **OPTIONS)
     written = read(output)
     same_results(written, annotate(cells.copy(), model_dir, **OPTIONS))
@@ -309,6 +313,20 @@ def test_a_file_is_annotated_again(cells_file, model_dir, tmp_path):
     assert "unassigned" not in set(written.obs["scfoundation_cell_type"])
     assert list(written.obs.columns) == list(anndata.read_h5ad(once).obs.columns)
     assert list(written.obsm) == [PROBABILITIES]
+
+
+@pytest.mark.parametrize("suffix", [None, ".h5ad", ".zarr"])
+def test_explanations_of_an_earlier_call_do_not_stay(cells, model_dir, tmp_path, suffix):
+    annotate(cells, model_dir, explain="gradient_x_input", **OPTIONS)
+    assert "scfoundation_top_genes" in cells.obs and "scfoundation_top_genes" in cells.uns["scfoundation"]
+    if suffix is None:
+        again = annotate(cells, model_dir, **OPTIONS)
+    else:
+        explained = write_copy(cells, tmp_path / f"explained{suffix}")
+        again = read(annotate(explained, model_dir, output=tmp_path / f"again{suffix}", **OPTIONS))
+    assert "scfoundation_top_genes" not in again.obs
+    assert "scfoundation_top_genes" not in again.uns["scfoundation"]
+    assert "scfoundation_cell_type" in again.obs
 
 
 def test_an_interrupted_run_resumes_where_it_stopped(cells_file, model_dir, tmp_path, monkeypatch):
