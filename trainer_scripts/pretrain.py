@@ -81,16 +81,16 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     args = config.training
     folder = Path(args.output_dir or "")
     _check_new(config)
+    train, validation = open_corpus(config)
+    set_seed(args.seed)
+    model, tokenizer = load_model(config)
     logging.disable_progress_bar()  # one for each checkpoint's file; the bar of the training is not among them
     with args.main_process_first(local=False):
         if args.should_save:
             _open_run(folder, config)
     checkpoint = get_last_checkpoint(str(folder))
-    set_seed(args.seed)
-    model, tokenizer = load_model(config)
     if config.gene_table == "principal_components" and checkpoint is None:
         begin_with_principal_components(model, config.corpus)
-    train, validation = open_corpus(config)
     if args.max_steps <= 0:
         steps = args.num_train_epochs * len(train) / args.gradient_accumulation_steps
         args.max_steps = max(round(steps), 1)

@@ -130,6 +130,14 @@ def test_another_run_in_the_folder_is_refused_unless_it_is_to_be_overwritten(mak
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("missing", ["corpus", "model"])
+def test_a_run_without_corpus_or_model_leaves_no_folder(make_config, tmp_path, missing):
+    config = make_config(**{missing: str(tmp_path / "nowhere")})
+    with pytest.raises(OSError, match="nowhere"):
+        pretrain(config)
+    assert not Path(config.training.output_dir).exists()
+
+
 def test_pretraining_continues_from_a_converted_official_checkpoint(make_config, parity_dir, tmp_path):
     original = scfoundation_hf.convert_checkpoint(parity_dir / "models.ckpt", tmp_path / "original", key="gene")
     folder = pretrain(make_config(model=str(original), model_overrides={}, max_steps=2, learning_rate=1e-3))

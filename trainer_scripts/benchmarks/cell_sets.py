@@ -31,6 +31,7 @@ class CellFile:
         batch: column of obs with donor, run or technology.
         keep: column of obs -> the value of the cells to keep; all others are left out.
         layer, gene_column: as in `embed`.
+        max_cells: take at most so many, for a set whose cells cost more than others'; also where the benchmark takes more.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class CellFile:
     keep: Mapping[str, str] = field(default_factory=dict)
     layer: str | None = None
     gene_column: str | None = None
+    max_cells: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def read_cells(
     """The cells of a file that have counts on the vocabulary's genes.
 
     Args:
-        max_cells: take so many of the cells, drawn evenly, in the order of the file.
+        max_cells: take so many of the cells, or what the file says if that is fewer, drawn evenly, in the order of the
+            file.
         min_cells_per_label: cells of rarer types are left out, before cells are drawn.
         seed: of the draw.
     Raises: ValueError: for values that are no counts, or no cells left; KeyError: for a missing column;
@@ -111,8 +114,9 @@ def read_cells(
         sizes = obs["cell_type"][is_kept].value_counts()
         is_kept &= obs["cell_type"].map(sizes).fillna(0).to_numpy() >= min_cells_per_label
     rows = np.flatnonzero(is_kept)
-    if max_cells is not None and len(rows) > max_cells:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, size=max_cells, replace=False))
+    num_cells = min(number for number in (max_cells, file.max_cells, len(rows)) if number is not None)
+    if num_cells < len(rows):
+        rows = np.sort(np.random.default_rng(seed).choice(rows, size=num_cells, replace=False))
     if not len(rows):
         raise ValueError(f"No cells of {file.path} are left: look at label, batch and keep of data set {name!r}.")
     genes = np.unique(mapping.column_to_gene[mapping.column_to_gene >= 0])

@@ -236,6 +236,10 @@ def test_cells_are_chosen_by_their_annotation(file, cells, tmp_path):
     assert cells.adata.n_obs == 60
     assert set(cells.adata.var_names) <= set(vocabulary.symbols)
     assert cells.fingerprint != only.fingerprint
+    few_of_file = CellFile(file.path, label="cell_type", max_cells=60)
+    assert read_cells("by file", few_of_file, vocabulary).adata.n_obs == 60
+    assert read_cells("fewer", few_of_file, vocabulary, max_cells=50).adata.n_obs == 50
+    assert read_cells("not more", few_of_file, vocabulary, max_cells=70).adata.n_obs == 60
     again = read_cells("other name", file, vocabulary, max_cells=60)
     assert again.fingerprint == cells.fingerprint
     few = anndata.read_h5ad(file.path)
