@@ -25,7 +25,7 @@ BACKWARD_SHARE = 2  # each product of the forward pass has two in the backward p
 
 def encoder_flops(config: ScFoundationConfig, num_genes: Count) -> Flops:
     """Of embedding and encoding a cell of `num_genes` visible expressed genes."""
-    n, D = num_genes + NUM_DEPTH_TOKENS, config.hidden_size
+    n, D = _exact(num_genes) + NUM_DEPTH_TOKENS, config.hidden_size
     projections = 8 * D * D + 4 * D * config.intermediate_size
     layer = n * (projections + 4 * n * D)
     return n * _value_embedding_flops(config) + config.num_hidden_layers * layer
@@ -49,8 +49,8 @@ def decoder_flops(
             in every cell and come from a table.
         num_targets: predicted positions, the only ones whose queries, feed-forward and head the last layer computes.
     """
-    S = config.num_positions if num_positions is None else num_positions
-    num_targets = S if num_targets is None else num_targets
+    S = _exact(config.num_positions if num_positions is None else num_positions)
+    targets = S if num_targets is None else _exact(num_targets)
     D, E = config.hidden_size, config.decoder_hidden_size
     inner = config.decoder_num_attention_heads * config.decoder_head_dim
     num_heads, F = config.decoder_num_attention_heads, config.decoder_num_random_features
@@ -66,9 +66,9 @@ def decoder_flops(
     after_attention = readout + projection + feed_forward
     num_layers = config.decoder_num_hidden_layers
     every_position = S * (embedding + num_layers * (keys + queries + after_attention))
-    from_table = num_zeros * (embedding + keys + queries)
-    not_asked_for = (S - num_targets) * (queries + after_attention)
-    return every_position - from_table - not_asked_for + num_targets * 2 * E
+    from_table = _exact(num_zeros) * (embedding + keys + queries)
+    not_asked_for = (S - targets) * (queries + after_attention)
+    return every_position - from_table - not_asked_for + targets * 2 * E
 
 
 def training_step_flops(
@@ -116,6 +116,11 @@ def tokens_per_cell(batch: Mapping[str, Any]) -> np.ndarray:
     if "cu_seq_lens_q" in batch:
         return batch["cu_seq_lens_q"].diff().cpu().numpy().astype(np.int64)
     return _count(batch["attention_mask"] != 0)
+
+
+def _exact(count: Count) -> Flops:
+    """As float64, exact to 2^53: products of int32 lengths, as attention kernels take them, would overflow."""
+    return np.asarray(count, dtype=np.float64) if isinstance(count, np.ndarray) else float(count)
 
 
 def _count(is_real: torch.Tensor) -> np.ndarray:

@@ -43,8 +43,8 @@ class CellResults:
         obsm: name -> `(cells, ...)` array or stored rows, read in blocks of rows, or columns of such rows.
         obs: name -> `(cells,)` array or categorical.
         uns: name -> text, put below `uns["scfoundation"]`.
-        replaced: names of columns in `obs`, and below `uns["scfoundation"]`, that an earlier run of the job may have left:
-            removed, so that nothing of it is taken for a result of this one.
+        replaced: names in `obs` and below `uns["scfoundation"]` that an earlier run of the job may have left: removed,
+            so that nothing of it is taken for a result of this one.
     """
 
     obsm: "Mapping[str, np.ndarray | StoredRows | NamedColumns]"

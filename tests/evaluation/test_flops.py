@@ -37,6 +37,16 @@ def test_costs_of_the_100m_model(num_genes):
     assert training_step_flops(RELEASED, **visible) == pytest.approx(reduced_training, rel=3e-3)
 
 
+def test_lengths_of_32_bits_do_not_overflow():
+    lengths = np.array([500, 19_264], dtype=np.int32)
+    assert encoder_flops(RELEASED, lengths).tolist() == [encoder_flops(RELEASED, int(length)) for length in lengths]
+    zeros = RELEASED.num_genes - lengths
+    decoder = decoder_flops(RELEASED, num_zeros=zeros, num_targets=lengths)
+    pairs = zip(zeros, lengths, strict=True)
+    assert decoder.tolist() == [decoder_flops(RELEASED, num_zeros=int(z), num_targets=int(n)) for z, n in pairs]
+    assert (decoder > 0).all()
+
+
 def test_fewer_positions_zeros_and_targets_cost_less():
     everything = decoder_flops(RELEASED)
     assert decoder_flops(RELEASED, num_positions=RELEASED.num_positions, num_targets=None) == everything

@@ -318,7 +318,8 @@ def test_a_file_is_annotated_again(cells_file, model_dir, tmp_path):
 @pytest.mark.parametrize("suffix", [None, ".h5ad", ".zarr"])
 def test_explanations_of_an_earlier_call_do_not_stay(cells, model_dir, tmp_path, suffix):
     annotate(cells, model_dir, explain="gradient_x_input", **OPTIONS)
-    assert "scfoundation_top_genes" in cells.obs and "scfoundation_top_genes" in cells.uns["scfoundation"]
+    assert "scfoundation_top_genes" in cells.obs
+    assert "scfoundation_top_genes" in cells.uns["scfoundation"]
     if suffix is None:
         again = annotate(cells, model_dir, **OPTIONS)
     else:

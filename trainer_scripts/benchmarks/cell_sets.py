@@ -31,7 +31,8 @@ class CellFile:
         batch: column of obs with donor, run or technology.
         keep: column of obs -> the value of the cells to keep; all others are left out.
         layer, gene_column: as in `embed`.
-        max_cells: take at most so many, for a set whose cells cost more than others'; also where the benchmark takes more.
+        max_cells: take at most so many, for a set whose cells cost more than others', also where the benchmark takes
+            more.
     """
 
     path: Path

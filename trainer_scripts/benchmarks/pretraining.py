@@ -6,7 +6,6 @@ python -m scfoundation_hf.trainer_scripts.benchmarks.pretraining CORPUS OUT --mo
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationT
 from scfoundation_hf.trainer_scripts.output_folder import check_output_folder, replacing
 
 from .scaling_figure import draw_scaling, read_curve
+from .stored_parts import without_nan
 from .tables import as_markdown
 
 RESULTS_NAME, TABLES_NAME, FIGURE_NAME = "results.json", "tables.md", "scaling"
@@ -121,7 +121,7 @@ def benchmark_pretraining(
         {"name": curve.name, "flops": curve.flops.tolist(), "losses": curve.losses.tolist()} for curve in curves
     ]
     with replacing(target) as folder:
-        content = json.dumps(_without_nan(results), indent=1, allow_nan=False)
+        content = json.dumps(without_nan(results), indent=1, allow_nan=False)
         (folder / RESULTS_NAME).write_text(content + "\n", encoding="utf-8")
         (folder / TABLES_NAME).write_text(as_markdown(results), encoding="utf-8")
         if curves:
@@ -298,15 +298,6 @@ def _common_tokenizer(folders: Mapping[str, Path]) -> ScFoundationTokenizer:
         if tokenizers[other].vocabulary.symbols != tokenizers[first].vocabulary.symbols:
             raise ValueError(f"{first} and {other} have different gene vocabularies; measure them apart.")
     return tokenizers[first]
-
-
-def _without_nan(value: Any) -> Any:
-    """Undefined measures as null: NaN is no JSON."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
