@@ -1,7 +1,7 @@
 """How fast a labelled reference answers, by its size, against comparing with every cell of it.
 
     python benchmarks/reference_index.py                                  # 20,000 and 200,000 cells
-    python benchmarks/reference_index.py --sizes 1000000                  # an hour on one core, 6 GiB
+    python benchmarks/reference_index.py --sizes 1000000                  # long, and several GiB
 
 References of any size are made from the embeddings of real cells: each new one lies somewhere between a real cell and
 one of its 15 nearest, so that neighbourhoods are those of cells, not of noise. Queries are made in the same way. The

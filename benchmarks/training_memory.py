@@ -11,8 +11,6 @@ not measured. Linux on CPU.
 """
 
 import argparse
-import gc
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -20,8 +18,9 @@ import numpy as np
 import torch
 from harness.cells import SHIPPED_CELLS, read_cells
 from harness.fast_paths import FAST_PATHS
-from harness.jobs import DTYPES, Case, Variant, build_model, build_optimizer, make_call, used_parameters
-from harness.measure import FreshProcesses, OutOfMemoryError, memory_held, peak_memory
+from harness.jobs import DTYPES, Case, Variant, used_parameters
+from harness.measure import FreshProcesses, OutOfMemoryError
+from harness.studies import peak_of_call
 from speed import PRELOADED, SHARED_CELLS
 
 from scfoundation_hf.configuration.configuration_scfoundation import PRESETS, ScFoundationConfig
@@ -30,23 +29,7 @@ GIB = 2**30
 GPU_BYTES = {"80 GB": 80e9, "139 GB": 139e9}
 RESERVED_BYTES = 4 * GIB  # CUDA's context, chunks of the decoder's features (512 MB each there), fragmentation
 CPU = torch.device("cpu")
-
-
-def peak_of_step(case: Case, variant: Variant, *, checkpointing: bool, as_on_gpu: bool) -> int:
-    """Bytes above the weights that a training step holds at most."""
-    model = build_model(case, variant, CPU)
-    if checkpointing:
-        # Renamed since transformers 5.17.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    gc.collect()
-    held = memory_held(CPU)
-    call = make_call(model, build_optimizer(model, case, variant), case, variant, CPU)
-    with FAST_PATHS[-1].switched_off(model) if as_on_gpu else nullcontext():
-        return peak_memory(call, above=held, device=CPU)
-
-
-def _peak(case: Case, variant: Variant, checkpointing: bool, as_on_gpu: bool) -> int:
-    return peak_of_step(case, variant, checkpointing=checkpointing, as_on_gpu=as_on_gpu)
+FEED_FORWARD_IN_CHUNKS = next(i for i, path in enumerate(FAST_PATHS) if "feed-forward" in path.name)
 
 
 def main() -> None:
@@ -61,18 +44,23 @@ def main() -> None:
     cells = read_cells(options.data or [SHARED_CELLS if SHARED_CELLS.is_dir() else SHIPPED_CELLS])
     config = ScFoundationConfig.from_preset(options.preset)
     processes = FreshProcesses(CPU, preload=PRELOADED)
+    cases = {
+        size: Case(options.preset, config, "train", options.genes, cells.near(options.genes, num_cells=size), size)
+        for size in options.batch_sizes
+    }
+    weights = 4 * used_parameters(next(iter(cases.values())))
     rows = []
     for dtype, checkpointing, as_on_gpu in product(options.dtypes, (False, True), (False, True)):
+        variant, path_off = Variant("ours", "ours", dtype), FEED_FORWARD_IN_CHUNKS if as_on_gpu else None
         peaks: dict[int, int] = {}
-        for size in options.batch_sizes:
-            case = Case(options.preset, config, "train", options.genes, cells.near(options.genes, num_cells=size), size)
+        for size, case in cases.items():
             what = f"{dtype}, checkpointing {checkpointing}, as on a GPU {as_on_gpu}, {size} cells"
             try:
-                above = processes.run(_peak, case, Variant("ours", "ours", dtype), checkpointing, as_on_gpu)
+                above = processes.run(peak_of_call, case, variant, CPU, path_off, checkpointing)
             except OutOfMemoryError:
                 print(f"{what}: more than this machine has", flush=True)
                 break
-            peaks[size] = 4 * used_parameters(case) + above
+            peaks[size] = weights + above
             print(f"{what}: {peaks[size] / GIB:.2f} GiB", flush=True)
         if len(peaks) < 2:
             continue
