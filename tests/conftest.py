@@ -5,10 +5,13 @@ import os
 # Before transformers is imported: nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from anndata import AnnData
 
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 
@@ -27,6 +30,19 @@ def _shared(folder: str) -> Path:
 def repository() -> Path:
     """The root of this checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def write_copy() -> Callable[[AnnData, Path], Path]:
+    """Write cells to a path that ends in .h5ad or .zarr, and give it back; what zarr says of its formats is ignored."""
+
+    def write(cells: AnnData, path: Path) -> Path:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Writing zarr v2|Consolidated metadata")
+            cells.write_zarr(path) if path.suffix == ".zarr" else cells.write_h5ad(path)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

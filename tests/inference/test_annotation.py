@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import anndata
@@ -276,15 +275,8 @@ def read(path: Path) -> anndata.AnnData:
     return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
 
 
-def write_copy(cells: anndata.AnnData, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Writing zarr v2|Consolidated metadata")
-        cells.write_zarr(path) if path.suffix == ".zarr" else cells.write_h5ad(path)
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_a_file_gives_what_memory_gives(cells, model_dir, cell_types, tmp_path, suffix):
+def test_a_file_gives_what_memory_gives(cells, model_dir, cell_types, tmp_path, suffix, write_copy):
     source = write_copy(cells, tmp_path / f"in{suffix}")
     output = annotate(source, model_dir, output=tmp_path / f"out{suffix}", tokens_per_batch=700, **OPTIONS)
     written = read(output)
@@ -316,7 +308,7 @@ def test_a_file_is_annotated_again(cells_file, model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [None, ".h5ad", ".zarr"])
-def test_explanations_of_an_earlier_call_do_not_stay(cells, model_dir, tmp_path, suffix):
+def test_explanations_of_an_earlier_call_do_not_stay(cells, model_dir, tmp_path, suffix, write_copy):
     annotate(cells, model_dir, explain="gradient_x_input", **OPTIONS)
     assert "scfoundation_top_genes" in cells.obs
     assert "scfoundation_top_genes" in cells.uns["scfoundation"]

@@ -61,15 +61,8 @@ def test_the_result_survives_a_round_trip_to_disk(cells, tiny_model_dir, tmp_pat
     assert read.uns["scfoundation"]["X_scfoundation"] == cells.uns["scfoundation"]["X_scfoundation"]
 
 
-def write_copy(cells: anndata.AnnData, path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Writing zarr v2|Consolidated metadata")
-        cells.write_zarr(path) if path.suffix == ".zarr" else cells.write_h5ad(path)
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_a_file_gives_what_memory_gives(cells, tiny_model_dir, tmp_path, suffix):
+def test_a_file_gives_what_memory_gives(cells, tiny_model_dir, tmp_path, suffix, write_copy):
     source = write_copy(cells, tmp_path / f"in{suffix}")
     output = embed(source, tiny_model_dir, output=tmp_path / f"out{suffix}", tokens_per_batch=700, **OPTIONS)
     assert output == tmp_path / f"out{suffix}"
