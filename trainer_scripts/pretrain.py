@@ -83,8 +83,8 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     _check_new(config)
     train, validation = open_corpus(config)
     set_seed(args.seed)
-    model, tokenizer = load_model(config)
     logging.disable_progress_bar()  # one for each checkpoint's file; the bar of the training is not among them
+    model, tokenizer = load_model(config)
     with args.main_process_first(local=False):
         if args.should_save:
             _open_run(folder, config)
