@@ -25,7 +25,6 @@ from .linear_attention import (
     largest_logit,
     scale_to_stabiliser,
     streaming_favor_attention,
-    with_ones,
 )
 
 # Sums that a cell does not have are subtracted from those of all zero genes. Float32 bears that while the largest
@@ -115,11 +114,15 @@ def _summarise_with_zeros(
     sign = (~is_padding).float()
     ids = placed_ids.masked_fill(is_padding, 0)
     replaced_key, replaced_value = (table[0][:, ids].transpose(0, 1) for table in (zero_key, zero_value))
-    zero_values = with_ones(zero_value)
-    changes = torch.cat([with_ones(value, weights=sign), with_ones(replaced_value, weights=-sign)], dim=2)
-    zero_sums, zero_reference, zero_maxima = ExponentialSums.apply(zero_key, zero_values, projection, None)
-    change_sums, change_reference, change_maxima = ExponentialSums.apply(
-        torch.cat([key, replaced_key], dim=2), changes, projection, None
+    zero_sums, zero_value_sums, zero_reference, zero_maxima, _ = ExponentialSums.apply(
+        zero_key, zero_value, None, projection, None
+    )
+    change_sums, change_value_sums, change_reference, change_maxima, _ = ExponentialSums.apply(
+        torch.cat([key, replaced_key], dim=2),
+        torch.cat([value, replaced_value], dim=2),
+        torch.cat([sign, -sign], dim=1),
+        projection,
+        None,
     )
     # The stabiliser is the largest logit of the keys that the cell has: zero genes left, then placed genes.
     is_replaced = torch.zeros(num_cells, num_positions + 1, dtype=torch.bool, device=ids.device)
@@ -140,8 +143,7 @@ def _summarise_with_zeros(
     exponential_sums = scale_to_stabiliser(zero_sums, zero_reference, stabiliser) + scale_to_stabiliser(
         change_sums, change_reference, stabiliser
     )
-    value_sums = zero_values.sum(dim=2, keepdim=True) + changes.sum(dim=2, keepdim=True)
-    return exponential_sums + FEATURE_EPSILON * value_sums
+    return exponential_sums + FEATURE_EPSILON * (zero_value_sums + change_value_sums)
 
 
 class ScFoundationDecoderLayer(GradientCheckpointingLayer):
@@ -178,8 +180,10 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         normed = self.attention_norm(hidden_states)
         if query_slots is None:
             return self._feed_forward(hidden_states + self.attention(normed, key_weights=key_weights))
-        queried, query_states = (_take_slots(states, query_slots) for states in (hidden_states, normed))
-        return self._feed_forward(queried + self.attention(normed, query_states, key_weights=key_weights))
+        queried = _take_slots(hidden_states, query_slots)
+        # Normed once more: fewer rows than a second gather's gradient would have.
+        attended = self.attention(normed, self.attention_norm(queried), key_weights=key_weights)
+        return self._feed_forward(queried + attended)
 
     def _attend_from_shared_zeros(self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor) -> Tensor:
         attended = self.attention.from_shared_zeros(
@@ -210,11 +214,18 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
 
 
 def place_genes(zero_states: Tensor, placed_states: Tensor, placed_slots: Tensor) -> Tensor:
-    """`(B, S, E)` with `placed_states` `(B, P, E)` at `placed_slots` `(B, P)`; slot S, padding's, is left out."""
-    num_positions, width = zero_states.shape[1:]
-    with_padding = nn.functional.pad(zero_states, (0, 0, 0, 1))
-    index = placed_slots[..., None].expand(-1, -1, width)
-    return with_padding.scatter(1, index, placed_states.to(zero_states.dtype))[:, :num_positions]
+    """`(B, S, E)` with `placed_states` `(B, P, E)` at `placed_slots` `(B, P)`; slot S, padding's, is left out.
+
+    Every cell has a placed gene: padding writes that one's state once more, without a gradient of its own, so that no
+    row for padding has to be added to all positions and cut off again, each a copy of them.
+    """
+    is_padding = placed_slots.eq(zero_states.shape[1])
+    first = is_padding.int().argmin(dim=1, keepdim=True)
+    slots = torch.where(is_padding, placed_slots.gather(1, first), placed_slots)
+    placed_states = placed_states.to(zero_states.dtype)
+    repeated = placed_states.detach().take_along_dim(first[..., None], dim=1)
+    states = torch.where(is_padding[..., None], repeated, placed_states)
+    return zero_states.scatter(1, slots[..., None].expand_as(states), states)
 
 
 def _take_slots(states: Tensor, slots: Tensor) -> Tensor:

@@ -83,29 +83,28 @@ def streaming_favor_attention(
 
     Args and returns: as `favor_attention`; `chunk_size` left out: by `chunk_size_for`.
     """
-    summary = summarise_keys(key, with_ones(value, weights=key_weights), projection, chunk_size=chunk_size)
+    summary = summarise_keys(key, value, projection, key_weights=key_weights, chunk_size=chunk_size)
     return attend_to_summary(query, summary, projection, chunk_size=chunk_size)
 
 
-def with_ones(value: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """`[v, 1]`, float32 `(B, H, S, D + 1)`, each row times its weight `(B, S)`."""
-    extended = torch.nn.functional.pad(value.float(), (0, 1), value=1.0)
-    return extended if weights is None else extended * weights[:, None, :, None]
-
-
-def summarise_keys(key: Tensor, values: Tensor, projection: Tensor, *, chunk_size: int | None = None) -> Tensor:
+def summarise_keys(
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    *,
+    key_weights: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
     """What queries need to know of all keys: sum of key feature times `[v, 1]`.
 
     Args:
-        key: `(B, H, S, D)`.
-        values: `(B, H, S, D + 1)` from `with_ones`.
+        key: `(B, H, S, D)`, as `value`.
+        key_weights: `(B, S)` how often each key counts; left out: once.
     Returns: float32 `(B, H, F, D + 1)`.
     """
-    sums, reference, row_maxima = ExponentialSums.apply(key, values, projection, chunk_size)
-    winners = row_maxima.argmax(dim=1)  # (B,) the position whose logit is the stabiliser
-    winning_keys = key.take_along_dim(winners[:, None, None, None], dim=2).squeeze(2)
-    stabiliser = largest_logit(winning_keys, projection)
-    return scale_to_stabiliser(sums, reference, stabiliser) + FEATURE_EPSILON * values.sum(dim=2, keepdim=True)
+    sums, value_sums, reference, _, winning_key = ExponentialSums.apply(key, value, key_weights, projection, chunk_size)
+    stabiliser = largest_logit(winning_key, projection)
+    return scale_to_stabiliser(sums, reference, stabiliser) + FEATURE_EPSILON * value_sums
 
 
 def largest_logit(keys: Tensor, projection: Tensor) -> Tensor:
@@ -119,10 +118,11 @@ def scale_to_stabiliser(sums: Tensor, reference: Tensor, stabiliser: Tensor) -> 
 
 
 def attend_to_summary(query: Tensor, summary: Tensor, projection: Tensor, *, chunk_size: int | None = None) -> Tensor:
-    """Attention of queries `(B, H, S, D)` to keys summed up by `summarise_keys`: float32 `(B, H, S, D)`."""
-    num_cells, num_heads = query.shape[:2]
-    attended = _ReadSummary.apply(query.flatten(0, 1), summary.flatten(0, 1)[:, :, None], projection, chunk_size)
-    return attended.squeeze(2).unflatten(0, (num_cells, num_heads))
+    """Attention of queries `(B, H, S, D)` to keys summed up by `summarise_keys`: float32 `(B, H, S, D)`.
+
+    The result lies in memory as `(B, S, H, D)`, ready for its heads to be joined.
+    """
+    return _ReadSummary.apply(query, summary[:, :, :, None], projection, chunk_size).squeeze(1).transpose(1, 2)
 
 
 def attend_shared_queries(
@@ -132,8 +132,8 @@ def attend_shared_queries(
 
     Their feature map is computed once, and read by all cells in one matrix product a head.
     """
-    attended = _ReadSummary.apply(query, summary.permute(1, 2, 0, 3), projection, chunk_size)  # (H, S, B, D)
-    return attended.permute(2, 1, 0, 3).flatten(2)
+    readers = summary.permute(1, 2, 0, 3)[None]
+    return _ReadSummary.apply(query[None], readers, projection, chunk_size).squeeze(0).flatten(2)
 
 
 def chunk_size_for(rows_per_position: int, num_features: int, device: torch.device) -> int:
@@ -147,78 +147,91 @@ class ExponentialSums(torch.autograd.Function):
 
     The reference is the largest logit met, taken as a constant: it is only the scale in which the sums are
     written, and cancels when they are brought to another. So no gradient flows through it here; that of the
-    stabiliser flows where the stabiliser is chosen.
+    stabiliser flows where the stabiliser is chosen, through the winning key.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, key: Tensor, values: Tensor, projection: Tensor, chunk_size: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(B, H, S, D)` keys and `(B, H, S, D + 1)` values to sums `(B, H, F, D + 1)`.
+        ctx: Any, key: Tensor, value: Tensor, weights: Tensor | None, projection: Tensor, chunk_size: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values `(B, H, S, D)`, each counted `weights` `(B, S)` times, to sums `(B, H, F, D + 1)`.
 
-        Returns: the sums; the reference `(B,)`; the largest logit of each position over heads and features
-            `(B, S)`.
+        Returns: the sums; the sum of `[v, 1]` `(B, H, 1, D + 1)`; the reference `(B,)`; the largest logit of each
+            position over heads and features `(B, S)`; the key `(B, H, D)` of the position with the largest of all.
         """
-        num_cells, num_heads, num_positions, _ = key.shape
-        num_features = projection.shape[0]
-        chunk_size = chunk_size or chunk_size_for(num_cells * num_heads, num_features, key.device)
+        num_cells, num_heads, num_positions, head_dim = key.shape
         reference = key.new_full((num_cells,), -torch.inf, dtype=torch.float32)
-        sums = key.new_zeros((num_cells * num_heads, num_features, values.shape[-1]), dtype=torch.float32)
+        sums = key.new_zeros((num_cells, num_heads, projection.shape[0], head_dim + 1), dtype=torch.float32)
+        value_sums = key.new_zeros((num_cells, num_heads, 1, head_dim + 1), dtype=torch.float32)
         row_maxima = key.new_empty((num_cells, num_positions), dtype=torch.float32)
-        for chunk in _chunks(num_positions, chunk_size):
-            logits, half_square = _project(key[:, :, chunk], projection)
-            row_maxima[:, chunk] = logits.amax(dim=-1).amax(dim=1)
-            larger = torch.maximum(reference, row_maxima[:, chunk].amax(dim=1))
+        for cells, positions in _pieces(key, projection, chunk_size):
+            logits, half_square = _project(key[cells, :, positions], projection)
+            values = _with_ones(value, weights, cells, positions)
+            maxima = logits.amax(dim=-1).amax(dim=1)
+            larger = torch.maximum(reference[cells], maxima.amax(dim=1))
             exponentials = logits.sub_(half_square + larger[:, None, None, None]).exp_()
-            sums.unflatten(0, (num_cells, num_heads)).mul_(torch.exp(reference - larger)[:, None, None, None])
-            sums.baddbmm_(exponentials.flatten(0, 1).transpose(1, 2), values[:, :, chunk].flatten(0, 1).float())
-            reference = larger
-        ctx.save_for_backward(key, values, projection, reference)
+            sums[cells] *= torch.exp(reference[cells] - larger)[:, None, None, None]
+            sums[cells].flatten(0, 1).baddbmm_(exponentials.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))
+            value_sums[cells] += values.sum(dim=2, keepdim=True)
+            row_maxima[cells, positions] = maxima
+            reference[cells] = larger
+        winning_position = row_maxima.argmax(dim=1)
+        ctx.save_for_backward(key, value, weights, projection, reference, winning_position)
         ctx.chunk_size = chunk_size
         ctx.mark_non_differentiable(reference, row_maxima)
-        return sums.unflatten(0, (num_cells, num_heads)), reference, row_maxima
+        winning_key = key[torch.arange(num_cells, device=key.device), :, winning_position]
+        return sums, value_sums, reference, row_maxima, winning_key
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Gradients for keys and values; each chunk's exponentials are computed again."""
-        key, values, projection, reference = ctx.saved_tensors
-        num_cells, num_heads, num_positions, head_dim = key.shape
-        sums_gradient = gradients[0].flatten(0, 1)
-        key_gradient, values_gradient = torch.empty_like(key), torch.empty_like(values)
-        shape = (num_cells, num_heads)
+        key, value, weights, projection, reference, winning_position = ctx.saved_tensors
+        sums_gradient, value_sums_gradient, _, _, winning_key_gradient = gradients
+        head_dim = key.shape[-1]
+        key_gradient, value_gradient = torch.empty_like(key), torch.empty_like(value)
         with maybe_autocast(key.device.type, enabled=False):
-            for chunk in _chunks(num_positions, ctx.chunk_size):
-                scaled = _scale(key[:, :, chunk])
+            for cells, positions in _pieces(key, projection, ctx.chunk_size):
+                scaled = _scale(key[cells, :, positions])
                 logits, half_square = _project_scaled(scaled, projection)
-                exponentials = logits.sub_(half_square + reference[:, None, None, None]).exp_().flatten(0, 1)
-                values_gradient[:, :, chunk] = (exponentials @ sums_gradient).unflatten(0, shape)
-                logits_gradient = torch.bmm(values[:, :, chunk].flatten(0, 1).float(), sums_gradient.transpose(1, 2))
-                logits_gradient.mul_(exponentials)
+                exponentials = logits.sub_(half_square + reference[cells, None, None, None]).exp_()
+                values_gradient = exponentials @ sums_gradient[cells, :, :, :-1] + value_sums_gradient[cells, ..., :-1]
+                if weights is not None:
+                    values_gradient *= weights[cells, None, positions, None]
+                value_gradient[cells, :, positions] = values_gradient
+                values = _with_ones(value, weights, cells, positions)
+                logits_gradient = (values @ sums_gradient[cells].transpose(2, 3)).mul_(exponentials)
                 scaled_gradient = logits_gradient @ projection.float()
-                scaled_gradient -= logits_gradient.sum(dim=-1, keepdim=True) * scaled.flatten(0, 1)
-                key_gradient[:, :, chunk] = scaled_gradient.mul_(head_dim**-0.25).unflatten(0, shape)
-        return key_gradient, values_gradient, None, None
+                scaled_gradient -= logits_gradient.sum(dim=-1, keepdim=True) * scaled
+                key_gradient[cells, :, positions] = scaled_gradient.mul_(head_dim**-0.25)
+        key_gradient[torch.arange(len(key), device=key.device), :, winning_position] += winning_key_gradient
+        return key_gradient, value_gradient, None, None, None
 
 
 class _ReadSummary(torch.autograd.Function):
-    """(query features @ numerator) / (query features @ denominator), streamed over queries."""
+    """(query features @ numerator) / (query features @ denominator), streamed over queries.
+
+    R cells read the answers to the queries of each: their own summaries lie side by side.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, summary: Tensor, projection: Tensor, chunk_size: int | None) -> Tensor:
-        """`(N, S, D)` queries and `(N, F, R, D + 1)` summaries to `(N, S, R, D)`."""
-        num_rows, num_queries, _ = query.shape
-        chunk_size = chunk_size or chunk_size_for(num_rows, projection.shape[0], query.device)
-        readers = summary.shape[2:]
-        columns = summary.flatten(2)
-        constant = FEATURE_EPSILON * columns.sum(dim=1, keepdim=True)
-        attended = query.new_empty((num_rows, num_queries, readers[0], readers[1] - 1), dtype=torch.float32)
-        denominator = query.new_empty((num_rows, num_queries, readers[0], 1), dtype=torch.float32)
-        for chunk in _chunks(num_queries, chunk_size):
-            logits, half_square = _project(query[:, chunk], projection)
+        """`(B, H, S, D)` queries and `(B, H, F, R, D + 1)` summaries to `(B, R, S, H, D)`."""
+        num_cells, num_heads, num_queries, head_dim = query.shape
+        readers = summary.shape[3:]
+        columns = summary.flatten(3)
+        constant = FEATURE_EPSILON * columns.sum(dim=2, keepdim=True)
+        shape = (num_cells, readers[0], num_queries, num_heads)
+        attended = query.new_empty((*shape, head_dim), dtype=torch.float32)
+        denominator = query.new_empty((*shape, 1), dtype=torch.float32)
+        for cells, positions in _pieces(query, projection, chunk_size):
+            logits, half_square = _project(query[cells, :, positions], projection)
             exponentials = logits.sub_(half_square + logits.amax(dim=-1, keepdim=True)).exp_()
-            read = torch.baddbmm(constant, exponentials, columns).unflatten(2, readers)
-            denominator[:, chunk] = read[..., -1:]
-            torch.div(read[..., :-1], read[..., -1:], out=attended[:, chunk])
+            read = torch.baddbmm(
+                constant[cells].flatten(0, 1), exponentials.flatten(0, 1), columns[cells].flatten(0, 1)
+            ).view(*exponentials.shape[:3], *readers)
+            read = read.permute(0, 3, 2, 1, 4)
+            denominator[cells, :, positions] = read[..., -1:]
+            attended[cells, :, positions] = read[..., :-1].div_(read[..., -1:])
         ctx.save_for_backward(query, summary, projection, attended, denominator)
         ctx.chunk_size = chunk_size
         return attended
@@ -227,36 +240,53 @@ class _ReadSummary(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Gradients for queries and summaries; each chunk's exponentials are computed again."""
         query, summary, projection, attended, denominator = ctx.saved_tensors
-        num_queries, head_dim = query.shape[1:]
-        columns = summary.flatten(2)
+        head_dim = query.shape[-1]
+        columns = summary.flatten(3)
         columns_gradient = torch.zeros_like(columns)
         query_gradient = torch.empty_like(query)
         with maybe_autocast(query.device.type, enabled=False):
-            for chunk in _chunks(num_queries, ctx.chunk_size):
-                numerator_gradient = gradients[0][:, chunk] / denominator[:, chunk]
-                denominator_gradient = -(numerator_gradient * attended[:, chunk]).sum(dim=-1, keepdim=True)
-                read_gradient = torch.cat([numerator_gradient, denominator_gradient], dim=-1).flatten(2)
-                scaled = _scale(query[:, chunk])
+            for cells, positions in _pieces(query, projection, ctx.chunk_size):
+                numerator_gradient = gradients[0][cells, :, positions] / denominator[cells, :, positions]
+                denominator_gradient = -(numerator_gradient * attended[cells, :, positions]).sum(dim=-1, keepdim=True)
+                read_gradient = torch.cat([numerator_gradient, denominator_gradient], dim=-1)
+                read_gradient = read_gradient.permute(0, 3, 2, 1, 4).flatten(3)
+                scaled = _scale(query[cells, :, positions])
                 logits, half_square = _project_scaled(scaled, projection)
                 largest = logits.max(dim=-1, keepdim=True)
                 exponentials = logits.sub_(half_square + largest.values).exp_()
-                columns_gradient.baddbmm_(exponentials.transpose(1, 2), read_gradient)
-                columns_gradient += FEATURE_EPSILON * read_gradient.sum(dim=1, keepdim=True)
-                logits_gradient = torch.bmm(read_gradient, columns.transpose(1, 2)).mul_(exponentials)
+                columns_gradient[cells] += exponentials.transpose(2, 3) @ read_gradient
+                columns_gradient[cells] += FEATURE_EPSILON * read_gradient.sum(dim=2, keepdim=True)
+                logits_gradient = (read_gradient @ columns[cells].transpose(2, 3)).mul_(exponentials)
                 total = logits_gradient.sum(dim=-1, keepdim=True)
                 logits_gradient.scatter_add_(-1, largest.indices, -total)  # the stabiliser is one of the logits
                 scaled_gradient = logits_gradient @ projection.float() - total * scaled
-                query_gradient[:, chunk] = scaled_gradient.mul_(head_dim**-0.25)
-        return query_gradient, columns_gradient.unflatten(2, summary.shape[2:]), None, None
+                query_gradient[cells, :, positions] = scaled_gradient.mul_(head_dim**-0.25)
+        return query_gradient, columns_gradient.unflatten(3, summary.shape[3:]), None, None
 
 
-def _chunks(num_positions: int, chunk_size: int) -> Iterator[slice]:
-    for start in range(0, num_positions, chunk_size):
-        yield slice(start, start + chunk_size)
+def _pieces(states: Tensor, projection: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, slice]]:
+    """Cells and positions of `(B, H, S, D)` to work on at once: a part of one cell, or several whole cells.
+
+    Never parts of several cells: their rows would lie apart in memory, and products of such are many times slower.
+    """
+    num_cells, num_heads, num_positions, _ = states.shape
+    # A compiled graph writes out every turn of the loop; it must not have one for each cell.
+    together = num_cells if torch.compiler.is_compiling() else 1
+    chunk_size = chunk_size or chunk_size_for(together * num_heads, projection.shape[0], states.device)
+    cells_at_once = max(chunk_size // max(num_positions, 1), together)
+    for cell in range(0, num_cells, cells_at_once):
+        for start in range(0, num_positions, chunk_size):
+            yield slice(cell, cell + cells_at_once), slice(start, start + chunk_size)
+
+
+def _with_ones(value: Tensor, weights: Tensor | None, cells: slice, positions: slice) -> Tensor:
+    """`[v, 1]` of a piece, float32 `(B, H, S, D + 1)`, each row times its weight."""
+    extended = torch.nn.functional.pad(value[cells, :, positions].float(), (0, 1), value=1.0)
+    return extended if weights is None else extended.mul_(weights[cells, None, positions, None])
 
 
 def _scale(states: Tensor) -> Tensor:
-    return states.float() * states.shape[-1] ** -0.25
+    return (states.float() * states.shape[-1] ** -0.25).contiguous()
 
 
 def _project(states: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,6 +178,21 @@ def test_every_position_gets_its_own_state(inputs):
     assert torch.equal(place_genes(zeros, inputs["placed_states"], inputs["placed_ids"]), placed(**inputs))
 
 
+def test_padding_has_no_gradient(inputs):
+    """It repeats another gene's state, which must not count twice."""
+    direction = torch.randn(2, *inputs["zero_states"].shape)
+    gradients = []
+    for place in (
+        lambda zero_states, placed_states, ids: place_genes(zero_states.expand(2, -1, -1), placed_states, ids),
+        placed,
+    ):
+        leaves = [inputs[name].clone().requires_grad_() for name in ("zero_states", "placed_states")]
+        gradients.append(torch.autograd.grad(place(*leaves, inputs["placed_ids"]), leaves, direction))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not gradients[0][1][1, [3, 5]].any()
+
+
 @pytest.mark.parametrize("shared_zeros", [True, False])
 def test_padding_changes_nothing(decoder, inputs, monkeypatch, shared_zeros):
     if not shared_zeros:

@@ -13,7 +13,6 @@ from scfoundation_hf.modeling_scfoundation.linear_attention import (
     favor_attention,
     streaming_favor_attention,
     summarise_keys,
-    with_ones,
 )
 
 CELLS, HEADS, POSITIONS, HEAD_DIM, FEATURES = 3, 2, 50, 8, 20
@@ -88,7 +87,7 @@ def test_weights_of_keys_count_them_so_often(inputs):
 
 def test_shared_queries_are_read_as_each_cell_s_own(inputs):
     query, key, value, projection = inputs
-    summary = summarise_keys(key, with_ones(value), projection)
+    summary = summarise_keys(key, value, projection)
     shared = attend_shared_queries(query[0], summary, projection, chunk_size=7)
     expected = favor_attention(query[:1].expand_as(query), key, value, projection).transpose(1, 2).flatten(2)
     torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-6)
@@ -129,10 +128,10 @@ def test_no_feature_map_of_all_positions_is_held(inputs, monkeypatch):
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
     attended = streaming_favor_attention(*leaves, inputs[3], chunk_size=7)
     positions = CELLS * HEADS * POSITIONS
-    assert max(sizes) == CELLS * HEADS * 7
+    assert max(sizes) == HEADS * 7
     assert sum(sizes) == 2 * positions + CELLS * HEADS  # every query and key once, the winning keys again
     attended.sum().backward()
-    assert max(sizes) == CELLS * HEADS * 7
+    assert max(sizes) == HEADS * 7
     assert sum(sizes) == 4 * positions + CELLS * HEADS
 
 
