@@ -267,7 +267,7 @@ class _ReadSummary(torch.autograd.Function):
 def _pieces(states: Tensor, projection: Tensor, chunk_size: int | None) -> Iterator[tuple[slice, slice]]:
     """Cells and positions of `(B, H, S, D)` to work on at once: a part of one cell, or several whole cells.
 
-    Never parts of several cells: their rows would lie apart in memory, and products of such are many times slower.
+    Not parts of several cells: their rows would lie apart in memory, and products of such are slower.
     """
     num_cells, num_heads, num_positions, _ = states.shape
     # A compiled graph writes out every turn of the loop; it must not have one for each cell.
