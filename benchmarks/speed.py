@@ -139,7 +139,7 @@ def run(plan: Plan, cells: CountedCells, *, output: Path | None, command: str) -
             if checkout and not is_expressible(case.config):
                 say(f"The original's own code cannot build the {case.size} model, so it is not timed.")
                 checkout = None
-            compared = variants(plan.dtypes, checkout=checkout)
+            compared = variants(plan.dtypes, checkpointing=case.job == "train", checkout=checkout)
             records = measure_case(case, compared, effort=plan.effort, device=plan.device, processes=processes)
             report.merge(results, "cases", records)
             say(*(show_record(record) for record in records))

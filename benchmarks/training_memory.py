@@ -51,12 +51,13 @@ def main() -> None:
     weights = 4 * used_parameters(next(iter(cases.values())))
     rows = []
     for dtype, checkpointing, as_on_gpu in product(options.dtypes, (False, True), (False, True)):
-        variant, path_off = Variant("ours", "ours", dtype), FEED_FORWARD_IN_CHUNKS if as_on_gpu else None
+        variant = Variant("ours", "ours", dtype, checkpointing=checkpointing)
+        path_off = FEED_FORWARD_IN_CHUNKS if as_on_gpu else None
         peaks: dict[int, int] = {}
         for size, case in cases.items():
             what = f"{dtype}, checkpointing {checkpointing}, as on a GPU {as_on_gpu}, {size} cells"
             try:
-                above = processes.run(peak_of_call, case, variant, CPU, path_off, checkpointing)
+                above = processes.run(peak_of_call, case, variant, CPU, path_off)
             except OutOfMemoryError:
                 print(f"{what}: more than this machine has", flush=True)
                 break

@@ -8,6 +8,8 @@ equations.
 """
 # B cells, S positions (genes, T, S), P placed genes a cell, M targets, D encoder width, E decoder width, H heads
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +20,7 @@ from transformers.utils.generic import maybe_autocast
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 
 from .linear_attention import (
+    ACCELERATOR_FEATURE_BUDGET,
     FEATURE_EPSILON,
     ExponentialSums,
     attend_shared_queries,
@@ -25,13 +28,16 @@ from .linear_attention import (
     largest_logit,
     scale_to_stabiliser,
     streaming_favor_attention,
+    summarise_parts_of_keys,
 )
 
 # Sums that a cell does not have are subtracted from those of all zero genes. Float32 bears that while the largest
 # logit subtracted is not far above the largest one left: e^4 costs two of seven digits.
 LARGEST_SUBTRACTED_LOGIT = 4.0
-# Entries of the feed-forward's wide activations held at once on a CPU: memory is slower than computing them again.
-CPU_WIDE_BUDGET = 2**19
+# Entries of the feed-forward's wide activations held at once on a CPU: memory is slower than computing them again. But
+# never fewer rows than these: each chunk reads all weights and adds to all their gradients.
+CPU_WIDE_BUDGET = 2**20
+CPU_FEWEST_ROWS = 2048
 
 
 class ScFoundationLinearAttention(nn.Module):
@@ -63,39 +69,43 @@ class ScFoundationLinearAttention(nn.Module):
         key, value = self._heads(self.k_proj, hidden_states), self._heads(self.v_proj, hidden_states)
         with maybe_autocast(hidden_states.device.type, enabled=False):
             attended = streaming_favor_attention(query, key, value, self.projection, key_weights=key_weights)
-        return self._output(attended.transpose(1, 2), query.dtype)
+        return self.o_proj(attended.transpose(1, 2).to(query.dtype).flatten(2))
 
-    def from_shared_zeros(
-        self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """The same attention where all cells share the states of their zero genes.
+    def summarise_in_chunks(self, hidden_states: Iterable[Tensor], key_weights: Iterable[Tensor | None]) -> Tensor:
+        """What queries need to know of all positions, which come as `(B, S', E)` a few at a time; has no gradient."""
+        keys_and_values = (
+            (self._heads(self.k_proj, states), self._heads(self.v_proj, states), weights)
+            for states, weights in zip(hidden_states, key_weights, strict=True)
+        )
+        return summarise_parts_of_keys(keys_and_values, self.projection)
+
+    def summarise_with_zeros(self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor) -> Tensor | None:
+        """What queries need to know of all positions where all cells share the states of their zero genes.
 
         Args:
             zero_states: `(S, E)` each position as a zero gene.
             placed_states: `(B, P, E)` what stands in their place at `placed_ids`.
             placed_ids: `(B, P)`, padded with S.
-        Returns: attention of every position as a zero gene `(B, S, E)`, and of the placed genes `(B, P, E)`;
-            `None` where the subtraction would cost more than two digits.
+        Returns: `(B, H, F, head width + 1)`; `None` where the subtraction would cost more than two digits.
         """
-        zeros = zero_states[None]
-        dtype = zero_states.dtype
-        zero_query, zero_key = self._heads(self.q_proj, zeros), self._heads(self.k_proj, zeros)
-        zero_value = self._heads(self.v_proj, zeros)
-        query, key = self._heads(self.q_proj, placed_states), self._heads(self.k_proj, placed_states)
-        value = self._heads(self.v_proj, placed_states)
+        zero_key, zero_value = self._heads(self.k_proj, zero_states[None]), self._heads(self.v_proj, zero_states[None])
+        key, value = self._heads(self.k_proj, placed_states), self._heads(self.v_proj, placed_states)
         with maybe_autocast(zero_states.device.type, enabled=False):
-            summary = _summarise_with_zeros(key, value, placed_ids, zero_key, zero_value, self.projection)
-            if summary is None:
-                return None
-            of_zeros = attend_shared_queries(zero_query[0], summary, self.projection)
-            of_placed = attend_to_summary(query, summary, self.projection)
-        return self.o_proj(of_zeros.to(dtype)), self._output(of_placed.transpose(1, 2), dtype)
+            return _summarise_with_zeros(key, value, placed_ids, zero_key, zero_value, self.projection)
+
+    def attend_to(self, summary: Tensor, hidden_states: Tensor) -> Tensor:
+        """Attention of `(B, S, E)` to what was summarised, `(B, S, E)`; of `(S, E)`, asked in every cell: the same."""
+        is_shared = hidden_states.dim() == 2
+        query = self._heads(self.q_proj, hidden_states[None] if is_shared else hidden_states)
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            if is_shared:
+                attended = attend_shared_queries(query[0], summary, self.projection)
+            else:
+                attended = attend_to_summary(query, summary, self.projection).transpose(1, 2).flatten(2)
+        return self.o_proj(attended.to(query.dtype))
 
     def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
         return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _output(self, attended: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.o_proj(attended.to(dtype).flatten(2))
 
 
 def _summarise_with_zeros(
@@ -176,7 +186,12 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
             key_weights: `(B, S)` how often each position counts as a key.
         """
         if placed_states is not None and placed_ids is not None:
-            return self._feed_forward(self._attend_from_shared_zeros(hidden_states, placed_states, placed_ids))
+            attended = self._attend_from_shared_zeros(hidden_states, placed_states, placed_ids)
+            if attended is not None:
+                return self._feed_forward(attended)
+            hidden_states = place_genes(hidden_states.expand(len(placed_ids), -1, -1), placed_states, placed_ids)
+        if self._runs_in_chunks():
+            return self._forward_in_chunks(hidden_states, query_slots, key_weights)
         normed = self.attention_norm(hidden_states)
         if query_slots is None:
             return self._feed_forward(hidden_states + self.attention(normed, key_weights=key_weights))
@@ -185,28 +200,67 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         attended = self.attention(normed, self.attention_norm(queried), key_weights=key_weights)
         return self._feed_forward(queried + attended)
 
-    def _attend_from_shared_zeros(self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor) -> Tensor:
-        attended = self.attention.from_shared_zeros(
-            self.attention_norm(zero_states), self.attention_norm(placed_states), placed_ids
-        )
-        if attended is None:
-            hidden_states = place_genes(zero_states.expand(len(placed_ids), -1, -1), placed_states, placed_ids)
-            return hidden_states + self.attention(self.attention_norm(hidden_states))
-        of_zeros, of_placed = attended
-        return place_genes(zero_states + of_zeros, placed_states + of_placed, placed_ids)
+    def _runs_in_chunks(self) -> bool:
+        """Whether a few positions at a time may go through the layer: nothing of them has to be kept for gradients."""
+        return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _forward_in_chunks(
+        self, hidden_states: Tensor, query_slots: Tensor | None, key_weights: Tensor | None
+    ) -> Tensor:
+        """The same without gradients: of what lies between input and output, only a few positions are ever held."""
+        chunk_size = self._positions_at_once(hidden_states)
+        chunks = hidden_states.split(chunk_size, dim=1)
+        weights = [None] * len(chunks) if key_weights is None else key_weights.split(chunk_size, dim=1)
+        summary = self.attention.summarise_in_chunks(map(self.attention_norm, chunks), weights)
+        queried = hidden_states if query_slots is None else _take_slots(hidden_states, query_slots)
+        result = torch.empty_like(queried)
+        for chunk, place in zip(queried.split(chunk_size, dim=1), result.split(chunk_size, dim=1), strict=True):
+            attended = self.attention.attend_to(summary, self.attention_norm(chunk))
+            place.copy_(self._feed_forward_rows(chunk + attended))
+        return result
+
+    def _attend_from_shared_zeros(
+        self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor
+    ) -> Tensor | None:
+        """States after attention, `(B, S, E)`; `None` where float32 could not bear the subtraction."""
+        normed_zeros, normed_placed = self.attention_norm(zero_states), self.attention_norm(placed_states)
+        summary = self.attention.summarise_with_zeros(normed_zeros, normed_placed, placed_ids)
+        if summary is None:
+            return None
+        if self._runs_in_chunks():
+            of_zeros = zero_states.new_empty(len(placed_ids), *zero_states.shape)
+            chunk_size = self._positions_at_once(of_zeros)
+            parts = (states.split(chunk_size, dim=-2) for states in (zero_states, normed_zeros, of_zeros))
+            for states, normed, place in zip(*parts, strict=True):
+                place.copy_(states + self.attention.attend_to(summary, normed))
+        else:
+            of_zeros = zero_states + self.attention.attend_to(summary, normed_zeros)
+        return place_genes(of_zeros, placed_states + self.attention.attend_to(summary, normed_placed), placed_ids)
+
+    def _positions_at_once(self, states: Tensor) -> int:
+        """Positions of all cells of `(B, S, E)` that make `_rows_at_once` rows."""
+        return max(self._rows_at_once(states.device) // len(states), 1)
+
+    def _rows_at_once(self, device: torch.device) -> int:
+        width = self.up_proj.out_features
+        if device.type == "cpu":
+            return max(CPU_WIDE_BUDGET // width, CPU_FEWEST_ROWS)
+        return max(ACCELERATOR_FEATURE_BUDGET // width, 1)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         """`(B, S, E)` to `(B, S, E)`; on a CPU never more of its wide activations at once than its cache holds."""
         rows = hidden_states.flatten(0, 1)
-        chunk_size = max(CPU_WIDE_BUDGET // self.up_proj.out_features, 1)
+        chunk_size = self._rows_at_once(rows.device)
         if rows.device.type != "cpu" or len(rows) <= chunk_size or torch.compiler.is_compiling():
             return self._feed_forward_rows(hidden_states)
         chunks = rows.split(chunk_size)
         if torch.is_grad_enabled():
             done = [checkpoint(self._feed_forward_rows, chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            done = [self._feed_forward_rows(chunk) for chunk in chunks]
-        return torch.cat(done).view_as(hidden_states)
+            return torch.cat(done).view_as(hidden_states)
+        result = torch.empty_like(rows)
+        for chunk, place in zip(chunks, result.split(chunk_size), strict=True):
+            place.copy_(self._feed_forward_rows(chunk))
+        return result.view_as(hidden_states)
 
     def _feed_forward_rows(self, hidden_states: Tensor) -> Tensor:
         transformed = self.activation(self.up_proj(self.feed_forward_norm(hidden_states)))

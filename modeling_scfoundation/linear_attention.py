@@ -17,7 +17,7 @@ Source: Choromanski et al. 2021 (FAVOR+); the Performer decoder of the original.
 """
 # B cells, H heads, S positions, F random features, D head width, N = B * H, R cells that share their queries
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,6 +105,28 @@ def summarise_keys(
     sums, value_sums, reference, _, winning_key = ExponentialSums.apply(key, value, key_weights, projection, chunk_size)
     stabiliser = largest_logit(winning_key, projection)
     return scale_to_stabiliser(sums, reference, stabiliser) + FEATURE_EPSILON * value_sums
+
+
+def summarise_parts_of_keys(
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]], projection: Tensor, *, chunk_size: int | None = None
+) -> Tensor:
+    """`summarise_keys` of keys, values and weights that come a part of the positions at a time; has no gradient.
+
+    Args:
+        parts: `(B, H, S', D)` keys and values of some positions, and their weights `(B, S')` or `None`.
+    """
+    summed: tuple[Tensor, Tensor, Tensor] | None = None
+    for key, value, weights in parts:
+        with maybe_autocast(key.device.type, enabled=False):  # not around the loop: the parts are made in it
+            sums, value_sums, reference, _, _ = ExponentialSums.apply(key, value, weights, projection, chunk_size)
+        if summed is not None:
+            larger = torch.maximum(reference, summed[2])
+            sums = scale_to_stabiliser(sums, reference, larger) + scale_to_stabiliser(summed[0], summed[2], larger)
+            value_sums, reference = value_sums + summed[1], larger
+        summed = sums, value_sums, reference
+    assert summed is not None
+    sums, value_sums, _ = summed  # the largest logit of all is the stabiliser
+    return sums + FEATURE_EPSILON * value_sums
 
 
 def largest_logit(keys: Tensor, projection: Tensor) -> Tensor:

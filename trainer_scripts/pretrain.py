@@ -35,6 +35,8 @@ from .pretraining_config import PretrainingConfig, read_config
 from .trainer import UNFINISHED, ScFoundationTrainer
 from .training_args import ScFoundationTrainingArguments
 
+logger = logging.get_logger(__name__)
+
 SETTINGS_NAME = "pretraining_settings.json"
 # What makes the numbers of a run: a folder is continued only with the same. All else may change between its parts.
 FIXED_ARGUMENTS = (
@@ -85,6 +87,7 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
     set_seed(args.seed)
     logging.disable_progress_bar()  # one for each checkpoint's file; the bar of the training is not among them
     model, tokenizer = load_model(config)
+    _warn_of_dropout_on_cpu(model.config, args)
     with args.main_process_first(local=False):
         if args.should_save:
             _open_run(folder, config)
@@ -115,6 +118,16 @@ def pretrain(config: PretrainingConfig | str | PathLike[str]) -> Path:
         raise RuntimeError(f"{error}\nRun the same command again to go on from {saved}.") from error
     _finish(trainer, config)
     return folder
+
+
+def _warn_of_dropout_on_cpu(config: ScFoundationConfig, args: ScFoundationTrainingArguments) -> None:
+    share = config.attention_probs_dropout_prob
+    if args.device.type == "cpu" and share > 0 and args.should_log:
+        logger.warning(
+            f"attention_probs_dropout_prob is {share}. With dropout on attention weights a CPU holds all of them, "
+            "N x N a head and layer for a cell of N genes, and a step takes twice as long or longer; leave it out "
+            "with model_overrides: {attention_probs_dropout_prob: 0}."
+        )
 
 
 def _check_new(config: PretrainingConfig) -> None:

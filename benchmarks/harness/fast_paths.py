@@ -13,7 +13,11 @@ from unittest.mock import patch
 from torch import Tensor
 
 from scfoundation_hf.modeling_scfoundation import decoder as decoder_module
-from scfoundation_hf.modeling_scfoundation.decoder import ScFoundationDecoder, ScFoundationLinearAttention
+from scfoundation_hf.modeling_scfoundation.decoder import (
+    ScFoundationDecoder,
+    ScFoundationDecoderLayer,
+    ScFoundationLinearAttention,
+)
 from scfoundation_hf.modeling_scfoundation.linear_attention import favor_attention
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
@@ -48,7 +52,7 @@ def _eager_attention(model: ScFoundationForPreTraining) -> Iterator[None]:
 
 
 def _own_zeros(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
-    return patch.object(ScFoundationLinearAttention, "from_shared_zeros", lambda *arguments: None)
+    return patch.object(ScFoundationLinearAttention, "summarise_with_zeros", lambda *arguments: None)
 
 
 def _every_position_to_the_end(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
@@ -65,11 +69,18 @@ def _every_position_to_the_end(model: ScFoundationForPreTraining) -> AbstractCon
     return patch.object(ScFoundationDecoder, "forward", decode_everything)
 
 
-def _whole_feature_maps(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+def _whole_layers(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    return patch.object(ScFoundationDecoderLayer, "_runs_in_chunks", lambda layer: False)
+
+
+@contextmanager
+def _whole_feature_maps(model: ScFoundationForPreTraining) -> Iterator[None]:
     def attend(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **options: Any) -> Tensor:
         return favor_attention(query, key, value, projection)
 
-    return patch.object(decoder_module, "streaming_favor_attention", attend)
+    # Without gradients layers run in chunks, which have no whole maps.
+    with _whole_layers(model), patch.object(decoder_module, "streaming_favor_attention", attend):
+        yield
 
 
 def _whole_feed_forward(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
@@ -81,5 +92,6 @@ FAST_PATHS: tuple[FastPath, ...] = (
     FastPath("zero genes computed once (first decoder layer)", DECODING, _own_zeros),
     FastPath("only the targets asked (last decoder layer)", ("train",), _every_position_to_the_end),
     FastPath("feature maps streamed", DECODING, _whole_feature_maps),
-    FastPath("the decoder's feed-forward in chunks (on a CPU)", DECODING, _whole_feed_forward),
+    FastPath("decoder layers a few positions at a time (without gradients)", DECODING[:2], _whole_layers),
+    FastPath("the decoder's feed-forward in chunks (on a CPU)", ("train",), _whole_feed_forward),
 )

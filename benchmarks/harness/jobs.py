@@ -4,6 +4,7 @@ A `Case` says what is computed, a `Variant` by whom and how; `build_model` and `
 can be called again and again.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Variant:
         dtype: of the matrix products. In training bfloat16 means autocast over float32 weights.
         encoder_path: what the original runs in, made of its model.
         checkout: folder of the original's code.
+        checkpointing: in training, compute activations again for the gradients instead of keeping them.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Variant:
     dtype: DtypeName = "float32"
     encoder_path: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     checkout: Path | None = None
+    checkpointing: bool = False
 
     def weight_dtype(self, job: JobName) -> torch.dtype:
         """Training keeps float32 weights."""
@@ -81,9 +84,13 @@ AS_SHIPPED = Variant("original, as shipped", "original")
 WITH_SDPA = Variant("original, with SDPA", "original", encoder_path=through_sdpa)
 
 
-def variants(dtypes: Sequence[DtypeName], *, checkout: Path | None = None) -> list[Variant]:
-    """Ours in each dtype, then the original as shipped and with its attention through SDPA."""
+def variants(
+    dtypes: Sequence[DtypeName], *, checkpointing: bool = False, checkout: Path | None = None
+) -> list[Variant]:
+    """Ours in each dtype, in the last also with checkpointing, then the original as shipped and with SDPA."""
     ours = [Variant(f"ours, {dtype}", "ours", dtype) for dtype in dtypes]
+    if checkpointing:
+        ours.append(Variant(f"ours, {dtypes[-1]}, checkpointing", "ours", dtypes[-1], checkpointing=True))
     checked_out = [Variant("original's own code, as shipped", "checkout", checkout=checkout)] if checkout else []
     return [*ours, AS_SHIPPED, WITH_SDPA, *checked_out]
 
@@ -186,9 +193,14 @@ def used_parameters(case: Case) -> int:
 
 
 def build_model(case: Case, variant: Variant, device: torch.device) -> nn.Module:
-    """The model of a variant, with the same random weights for all of them."""
+    """The model of a variant, with the same random weights for all of them.
+
+    Without dropout on attention weights, as the baseline with SDPA: no form that saves memory takes it on a CPU.
+    """
     torch.manual_seed(0)
-    ours = ScFoundationForPreTraining(case.config).train(case.job == "train")
+    config = copy.deepcopy(case.config)
+    config.attention_probs_dropout_prob = 0.0
+    ours = ScFoundationForPreTraining(config).train(case.job == "train")
     if variant.implementation == "original":
         return OriginalModel(ours).to(device)
     if variant.implementation == "checkout":
@@ -240,6 +252,7 @@ def _our_call(
         return torch.inference_mode()(compute)
 
     def step() -> Tensor:
+        _set_checkpointing(model, variant.checkpointing)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=variant.dtype == "bfloat16"):
             loss = model(**batch).loss
         loss.backward()
@@ -280,6 +293,16 @@ def _original_call(
         return torch.stack(losses).sum()
 
     return step
+
+
+def _set_checkpointing(model: ScFoundationForPreTraining, is_on: bool) -> None:
+    """Variants share a model, so each call says what it wants."""
+    verb = "enable" if is_on else "disable"
+    # Renamed since transformers 5.17.
+    switch = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
+        model, f"gradient_checkpointing_{verb}"
+    )
+    switch()
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -144,19 +144,13 @@ def time_variants(
     return seconds, rates
 
 
-def peak_of_call(
-    case: Case, variant: Variant, device: torch.device, path_off: int | None = None, checkpointing: bool = False
-) -> int:
+def peak_of_call(case: Case, variant: Variant, device: torch.device, path_off: int | None = None) -> int:
     """Peak bytes above the weights of one call; in training gradients and the optimizer's state are part of it.
 
     Args:
         path_off: place in `FAST_PATHS` of one to switch off.
-        checkpointing: compute activations again for the gradients instead of keeping them.
     """
     model = build_model(case, variant, device)
-    if checkpointing:
-        # Renamed since transformers 5.17.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # type: ignore[operator,union-attr]
     gc.collect()
     held = memory_held(device)
     call = make_call(model, build_optimizer(model, case, variant), case, variant, device)

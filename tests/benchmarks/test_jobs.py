@@ -1,6 +1,7 @@
 """Every job runs, ours and the baseline's, and gives the same numbers: only then is a ratio of times one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,30 @@ def compute(case: Case, variant: Variant) -> torch.Tensor:
 def test_all_variants_give_the_same_numbers(make_case: Callable[..., Case], job: JobName):
     case = make_case(job)
     expected = compute(case, AS_SHIPPED)
-    for variant in variants(DTYPES):
+    for variant in variants(DTYPES, checkpointing=job == "train"):
         found = compute(case, variant).float()
         torch.testing.assert_close(found, expected, atol=TOLERANCE[variant.dtype], rtol=0, msg=variant.name)
 
 
-@pytest.mark.parametrize("variant", variants(DTYPES), ids=lambda variant: variant.name)
+def test_ours_trains_without_dropout_on_attention_weights(make_case):
+    """As the baseline with SDPA does; the case keeps its configuration."""
+    case = make_case("train")
+    case.config.attention_probs_dropout_prob = 0.1
+    assert build_model(case, OURS, CPU).config.attention_probs_dropout_prob == 0
+    assert case.config.attention_probs_dropout_prob == 0.1
+
+
+def test_checkpointing_holds_for_the_variant_that_asks_for_it(make_case):
+    """Variants share a model, so each call switches it."""
+    case = make_case("train")
+    model = build_model(case, OURS, CPU)
+    recomputing = replace(OURS, checkpointing=True)
+    for variant in (recomputing, OURS, recomputing):
+        make_call(model, build_optimizer(model, case, variant), case, variant, CPU)()
+        assert all(layer.gradient_checkpointing == variant.checkpointing for layer in model.decoder.layers)
+
+
+@pytest.mark.parametrize("variant", variants(DTYPES, checkpointing=True), ids=lambda variant: variant.name)
 def test_a_training_step_changes_the_weights_and_the_state_before_it_does_not(make_case, variant: Variant):
     case = make_case("train", num_cells=1, original_cells=1)
     model = build_model(case, variant, CPU)

@@ -114,15 +114,51 @@ def test_reduced_layers_give_the_numbers_and_gradients_of_plain_ones(small_confi
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 * float(theirs.abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("targets", [None, [[1, 7, 60], [7, 0, 20]]], ids=["all", "targets"])
+def test_without_gradients_a_few_positions_at_a_time_give_the_same(small_config, inputs, monkeypatch, targets, rows):
+    small_config.decoder_num_hidden_layers = 3
+    decoder = randomise(ScFoundationDecoder(small_config))
+    target_ids = None if targets is None else torch.tensor(targets)
+    expected = decoder(**inputs, target_ids=target_ids)
+    monkeypatch.setattr(decoder_module, "CPU_WIDE_BUDGET", rows * small_config.decoder_intermediate_size)
+    monkeypatch.setattr(decoder_module, "CPU_FEWEST_ROWS", 1)
+    widest = []
+    for layer in decoder.layers:
+        layer.up_proj.register_forward_hook(lambda module, given, output: widest.append(output.flatten(0, -2).shape[0]))
+    with torch.no_grad():
+        found = decoder(**inputs, target_ids=target_ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert max(widest) <= max(rows, 2)  # at least one position of each cell
+
+
+def test_without_gradients_keys_count_as_often_and_autocast_holds_as_with_them(small_config, monkeypatch):
+    layer = randomise(ScFoundationDecoderLayer(small_config))
+    monkeypatch.setattr(decoder_module, "CPU_WIDE_BUDGET", 5 * small_config.decoder_intermediate_size)
+    monkeypatch.setattr(decoder_module, "CPU_FEWEST_ROWS", 1)
+    states, weights = torch.randn(2, 11, small_config.decoder_hidden_size), torch.rand(2, 11) + 0.5
+    dtypes = []
+    layer.attention.k_proj.register_forward_hook(lambda module, given, output: dtypes.append(output.dtype))
+    for enabled, tolerance in ((False, 1e-5), (True, 0.05)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = layer(states, key_weights=weights)
+            with torch.no_grad():
+                found = layer(states, key_weights=weights)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert found.dtype == expected.dtype == torch.float32
+        assert set(dtypes) == {torch.bfloat16 if enabled else torch.float32}
+        dtypes.clear()
+
+
 def test_shared_zeros_are_what_runs(decoder, inputs, monkeypatch):
     took = []
-    original = ScFoundationLinearAttention.from_shared_zeros
+    original = ScFoundationLinearAttention.summarise_with_zeros
 
     def watch(self, *args):
         took.append(original(self, *args))
         return took[-1]
 
-    monkeypatch.setattr(ScFoundationLinearAttention, "from_shared_zeros", watch)
+    monkeypatch.setattr(ScFoundationLinearAttention, "summarise_with_zeros", watch)
     decoder(**inputs)
     assert len(took) == 1
     assert took[0] is not None
@@ -142,8 +178,8 @@ def test_a_gene_that_outshines_all_others_is_not_subtracted(decoder, inputs):
             tensor.zero_()
         attention.projection[0, 0] = 20
         attention.k_proj.weight[0] = zeros[3] / zeros[3].norm()
-        assert attention.from_shared_zeros(zeros, placed_states, inputs["placed_ids"]) is None
-        assert attention.from_shared_zeros(zeros, placed_states[1:], inputs["placed_ids"][1:]) is not None
+        assert attention.summarise_with_zeros(zeros, placed_states, inputs["placed_ids"]) is None
+        assert attention.summarise_with_zeros(zeros, placed_states[1:], inputs["placed_ids"][1:]) is not None
         torch.testing.assert_close(decoder(**inputs), plainly(decoder, inputs), rtol=1e-4, atol=1e-5)
 
 
@@ -162,6 +198,7 @@ def test_feed_forward_in_chunks_is_the_same_forward_and_backward(small_config, m
     whole = run()
     budget = 5 * small_config.decoder_intermediate_size
     monkeypatch.setattr(decoder_module, "CPU_WIDE_BUDGET", budget)
+    monkeypatch.setattr(decoder_module, "CPU_FEWEST_ROWS", 1)
     rows.clear()
     in_chunks = run()
     assert len(rows) == 10  # five chunks, and again for the gradients

@@ -13,6 +13,7 @@ from scfoundation_hf.modeling_scfoundation.linear_attention import (
     favor_attention,
     streaming_favor_attention,
     summarise_keys,
+    summarise_parts_of_keys,
 )
 
 CELLS, HEADS, POSITIONS, HEAD_DIM, FEATURES = 3, 2, 50, 8, 20
@@ -73,6 +74,18 @@ def test_streaming_gradients_equal_the_plain_ones(inputs):
         gradients.append([leaf.grad for leaf in leaves])
     for plain, streamed in zip(*gradients, strict=True):
         torch.testing.assert_close(streamed, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, CELLS * POSITIONS).view(CELLS, POSITIONS)])
+@pytest.mark.parametrize("largest_at", [0, 30, 49])
+def test_keys_may_come_in_parts(inputs, largest_at, weights):
+    """Each part has a largest logit of its own; the stabiliser is that of all."""
+    _, key, value, projection = inputs
+    key[1, 0, largest_at] *= 4
+    parts = [None] * 3 if weights is None else weights.split((20, 29, 1), dim=1)
+    in_parts = zip(key.split((20, 29, 1), dim=2), value.split((20, 29, 1), dim=2), parts, strict=True)
+    expected = summarise_keys(key, value, projection, key_weights=weights)
+    torch.testing.assert_close(summarise_parts_of_keys(in_parts, projection), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_keys_count_them_so_often(inputs):

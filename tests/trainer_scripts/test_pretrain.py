@@ -1,6 +1,7 @@
 """The whole job: a folder that loads, runs that go on after whatever stopped them, and refusals in words."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -70,6 +71,19 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("share", "is_named"), [(0.1, True), (0.0, False)])
+def test_dropout_on_attention_weights_is_named_on_a_cpu(make_config, caplog, share, is_named):
+    """A step takes several times as long with it, and nothing else would say why."""
+    overrides = {**TINY_MODEL, "attention_probs_dropout_prob": share}
+    pretraining_logger = logging.getLogger(JOB)
+    pretraining_logger.addHandler(caplog.handler)  # transformers' loggers pass nothing on
+    try:
+        pretrain(make_config(model_overrides=overrides, max_steps=1))
+    finally:
+        pretraining_logger.removeHandler(caplog.handler)
+    assert ("attention_probs_dropout_prob is 0.1" in caplog.text) == is_named
 
 
 def test_the_folder_is_a_model_with_its_figures(make_config, example_cells):
