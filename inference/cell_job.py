@@ -27,7 +27,7 @@ from .loading import LoadedModel
 from .many_processes import ALONE, Processes
 from .writer import CellResults, Progress, StoredRows, identify_file, progress_folder, write_results
 
-TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 65_536, "mps": 16_384}
+TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 65_536, "mps": 16_384}
 BATCHES_PER_READ = 64  # read from the file at once
 PARTS = 64  # into which a smaller input is cut, so that several processes can share it
 

@@ -75,4 +75,7 @@ class ScFoundationEmbeddings(nn.Module):
         Returns: `(B, N, D)` in the dtype of the identity table.
         """
         identities = self.identity_embedding(input_ids)
-        return (self.value_embedding(values) + identities).to(identities.dtype)
+        measured = self.value_embedding(values)
+        if torch.is_grad_enabled():
+            return (measured + identities).to(identities.dtype)
+        return identities.add_(measured)  # rounded alike, without the sum of all genes in float32

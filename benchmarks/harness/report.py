@@ -132,7 +132,7 @@ def _describe(results: Results, data: str | None) -> str:
 
 def _describe_costs(records: Sequence[Record]) -> str:
     def gflop(key: str) -> str:
-        of_genes = (_of_genes(records, genes)[0] for genes in _in_order(record["num_genes"] for record in records))
+        of_genes = (_of_genes(records, genes)[0] for genes in _genes_of(records))
         return " / ".join(f"{record[key] / 1e9:,.4g}" for record in of_genes)
 
     return f"GFLOP a cell: {gflop('flops_per_cell')}; by the original's algebra {gflop('plain_flops_per_cell')}."
@@ -140,7 +140,7 @@ def _describe_costs(records: Sequence[Record]) -> str:
 
 def _case_table(records: Sequence[Record]) -> str:
     rows = []
-    for genes in _in_order(record["num_genes"] for record in records):
+    for genes in _genes_of(records):
         of_genes = _of_genes(records, genes)
         baselines = [next((r for r in of_genes if r["variant"] == v.name), None) for v in (AS_SHIPPED, WITH_SDPA)]
         rows += [_case_row(record, baselines) for record in of_genes]
@@ -209,8 +209,8 @@ def _packing(record: Record) -> str:
         [
             "## Tokens computed that belong to no cell",
             f"{record['num_cells']:,} cells of {record['shortest']:,} to {record['longest']:,} tokens; packed batches "
-            f"of at most {record['tokens_per_batch']:,} tokens, of which {record['share_of_budget_used']:.0%} are used "
-            "on average.",
+            f"of at most {record['tokens_per_batch']:,} tokens, or one longer cell: on average "
+            f"{record['share_of_budget_used']:.0%} of that.",
             _table(("layout", "wasted"), rows),
         ]
     )
@@ -241,6 +241,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _of_genes(records: Sequence[Record], num_genes: int) -> list[Record]:
     return [record for record in records if record["num_genes"] == num_genes]
+
+
+def _genes_of(records: Sequence[Record]) -> list[int]:
+    """Numbers of genes that were measured, rising: a later run may have replaced some of them."""
+    return sorted({record["num_genes"] for record in records})
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
@@ -276,7 +281,7 @@ def draw(results: Results, path: Path) -> bool:
         _draw_job(panel, [record for record in comparable if record["job"] == job], baselines, names)
         panel.set_title(job.replace("_", " "))
     panels[0][0].set_ylabel("times the original, with SDPA")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*_handles_and_labels(panels[0]), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{size.upper()} model, {results['machine'].get('gpu') or results['machine']['processor']}")
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, format="png", dpi=150)
@@ -288,19 +293,30 @@ def draw(results: Results, path: Path) -> bool:
 def _draw_job(
     panel: Any, records: Sequence[Record], baselines: dict[tuple[Any, ...], Record], names: Sequence[str]
 ) -> None:
-    genes = _in_order(record["num_genes"] for record in records)
+    genes = _genes_of(records)
     width = 0.8 / len(names)
     panel.axhline(1, color="gray", linewidth=0.8, label=WITH_SDPA.name)
     for number, name in enumerate(names):
         of_name = [record for record in records if record["variant"] == name]
         places = [genes.index(record["num_genes"]) + (number - (len(names) - 1) / 2) * width for record in of_name]
         ratios = [ratio_of_rounds(record, baselines[_case_key(record)]) for record in of_name]
-        bars = panel.bar(places, ratios, width, label=name)
+        if not of_name:
+            continue
+        bars = panel.bar(places, ratios, width, label=name, color=f"C{number}")
         rates = [f"{1 / median(record['seconds_per_cell']):.2g}" for record in of_name]
         panel.bar_label(bars, rates, fontsize=7, padding=1)
     panel.set_xticks(range(len(genes)), [f"{number:,}" for number in genes])
     panel.set_xlabel("expressed genes")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _handles_and_labels(panels: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """Of all panels, each label once: some variants are in one panel only."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    return list(handles.values()), list(handles)
 
 
 def _case_key(record: Record) -> tuple[Any, ...]:
