@@ -9,10 +9,11 @@ equations.
 # B cells, S positions (genes, T, S), P placed genes a cell, M targets, D encoder width, E decoder width, H heads
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
@@ -168,6 +169,15 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.decoder_hidden_act]
         self.down_proj = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, which checkpoints the layer if it is told to."""
+        if not self.gradient_checkpointing or not self.training:
+            return super().__call__(*args, **kwargs)
+        # torch ends computing a checkpoint again by an error, at the last tensor that is needed. Here that is the input
+        # of a checkpoint within, the feed-forward's last chunk, and the error does not always get through that.
+        with set_checkpoint_early_stop(False):
+            return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -255,7 +265,8 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
             return self._feed_forward_rows(hidden_states)
         chunks = rows.split(chunk_size)
         if torch.is_grad_enabled():
-            done = [checkpoint(self._feed_forward_rows, chunk, use_reentrant=False) for chunk in chunks]
+            with set_checkpoint_early_stop(True):  # nothing lies within these
+                done = [checkpoint(self._feed_forward_rows, chunk, use_reentrant=False) for chunk in chunks]
             return torch.cat(done).view_as(hidden_states)
         result = torch.empty_like(rows)
         for chunk, place in zip(chunks, result.split(chunk_size), strict=True):

@@ -127,7 +127,7 @@ def test_bytes_are_the_weights_a_call_and_the_results(make_case):
 
 def test_calls_take_as_many_cells_as_our_jobs_do():
     assert cells_per_call("train", num_genes=500, device=CPU, batch_size=8) == 8
-    assert cells_per_call("embed", num_genes=2_000, device=CPU, batch_size=8) == 4  # of 8,192 tokens
+    assert cells_per_call("embed", num_genes=500, device=CPU, batch_size=8) == 4  # of 2,048 tokens
     assert cells_per_call("embed", num_genes=20_000, device=CPU, batch_size=8) == 1
     assert cells_per_call("embed", num_genes=500, device=torch.device("cuda"), batch_size=8) == 64
 
