@@ -8,7 +8,7 @@ equations.
 """
 # B cells, S positions (genes, T, S), P placed genes a cell, M targets, D encoder width, E decoder width, H heads
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -223,11 +223,11 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         weights = [None] * len(chunks) if key_weights is None else key_weights.split(chunk_size, dim=1)
         summary = self.attention.summarise_in_chunks(map(self.attention_norm, chunks), weights)
         queried = hidden_states if query_slots is None else _take_slots(hidden_states, query_slots)
-        result = torch.empty_like(queried)
-        for chunk, place in zip(queried.split(chunk_size, dim=1), result.split(chunk_size, dim=1), strict=True):
-            attended = self.attention.attend_to(summary, self.attention_norm(chunk))
-            place.copy_(self._feed_forward_rows(chunk + attended))
-        return result
+
+        def answer(states: Tensor) -> Tensor:
+            return self._feed_forward_rows(states + self.attention.attend_to(summary, self.attention_norm(states)))
+
+        return _fill(torch.empty_like(queried), answer, queried, chunk_size=chunk_size)
 
     def _attend_from_shared_zeros(
         self, zero_states: Tensor, placed_states: Tensor, placed_ids: Tensor
@@ -237,15 +237,17 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         summary = self.attention.summarise_with_zeros(normed_zeros, normed_placed, placed_ids)
         if summary is None:
             return None
+
+        def answer(states: Tensor, normed: Tensor) -> Tensor:
+            return states + self.attention.attend_to(summary, normed)
+
         if self._runs_in_chunks():
             of_zeros = zero_states.new_empty(len(placed_ids), *zero_states.shape)
             chunk_size = self._positions_at_once(of_zeros)
-            parts = (states.split(chunk_size, dim=-2) for states in (zero_states, normed_zeros, of_zeros))
-            for states, normed, place in zip(*parts, strict=True):
-                place.copy_(states + self.attention.attend_to(summary, normed))
+            of_zeros = _fill(of_zeros, answer, zero_states, normed_zeros, chunk_size=chunk_size)
         else:
-            of_zeros = zero_states + self.attention.attend_to(summary, normed_zeros)
-        return place_genes(of_zeros, placed_states + self.attention.attend_to(summary, normed_placed), placed_ids)
+            of_zeros = answer(zero_states, normed_zeros)
+        return place_genes(of_zeros, answer(placed_states, normed_placed), placed_ids)
 
     def _positions_at_once(self, states: Tensor) -> int:
         """Positions of all cells of `(B, S, E)` that make `_rows_at_once` rows."""
@@ -263,19 +265,25 @@ class ScFoundationDecoderLayer(GradientCheckpointingLayer):
         chunk_size = self._rows_at_once(rows.device)
         if rows.device.type != "cpu" or len(rows) <= chunk_size or torch.compiler.is_compiling():
             return self._feed_forward_rows(hidden_states)
-        chunks = rows.split(chunk_size)
         if torch.is_grad_enabled():
             with set_checkpoint_early_stop(True):  # nothing lies within these
+                chunks = rows.split(chunk_size)
                 done = [checkpoint(self._feed_forward_rows, chunk, use_reentrant=False) for chunk in chunks]
             return torch.cat(done).view_as(hidden_states)
-        result = torch.empty_like(rows)
-        for chunk, place in zip(chunks, result.split(chunk_size), strict=True):
-            place.copy_(self._feed_forward_rows(chunk))
+        result = _fill(torch.empty_like(rows), self._feed_forward_rows, rows, chunk_size=chunk_size)
         return result.view_as(hidden_states)
 
     def _feed_forward_rows(self, hidden_states: Tensor) -> Tensor:
         transformed = self.activation(self.up_proj(self.feed_forward_norm(hidden_states)))
         return hidden_states + self.down_proj(transformed)
+
+
+def _fill(result: Tensor, compute: Callable[..., Tensor], *states: Tensor, chunk_size: int) -> Tensor:
+    """`result` `(..., S, E)`, filled with what `compute` makes of a few positions of the states at a time."""
+    chunks = (each.split(chunk_size, dim=-2) for each in (result, *states))
+    for place, *given in zip(*chunks, strict=True):
+        place.copy_(compute(*given))
+    return result
 
 
 def place_genes(zero_states: Tensor, placed_states: Tensor, placed_slots: Tensor) -> Tensor:
