@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 
 from .attention import AttentionLayout, attend
+from .dropout import ScFoundationDropout
 
 
 class ScFoundationSelfAttention(nn.Module):
@@ -54,7 +55,7 @@ class ScFoundationEncoderLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = ScFoundationDropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, layout: AttentionLayout) -> Tensor:
         """`(B, N, D)` to `(B, N, D)`."""

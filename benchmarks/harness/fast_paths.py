@@ -1,7 +1,7 @@
 """Each fast path of our model, and how it is switched off: for the ablation table.
 
-A path is off inside its context manager, and the numbers stay the same; tests/benchmarks/test_fast_paths.py holds
-both. A new path needs one entry in `FAST_PATHS`.
+A path is off inside its context manager, and the numbers stay the same; tests/benchmarks/test_jobs.py holds both. A
+new path needs one entry in `FAST_PATHS`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfoundation_hf.modeling_scfoundation import decoder as decoder_module
 from scfoundation_hf.modeling_scfoundation.decoder import (
@@ -18,6 +18,7 @@ from scfoundation_hf.modeling_scfoundation.decoder import (
     ScFoundationDecoderLayer,
     ScFoundationLinearAttention,
 )
+from scfoundation_hf.modeling_scfoundation.dropout import ScFoundationDropout
 from scfoundation_hf.modeling_scfoundation.linear_attention import favor_attention
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 
@@ -34,11 +35,13 @@ class FastPath:
         name: what it does.
         jobs: in which it plays a part.
         switched_off: the context in which it does not.
+        is_random: the numbers are drawn by it, so they are alike only in distribution.
     """
 
     name: str
     jobs: tuple[JobName, ...]
     switched_off: Callable[[ScFoundationForPreTraining], AbstractContextManager[Any]]
+    is_random: bool = False
 
 
 @contextmanager
@@ -87,6 +90,10 @@ def _whole_feed_forward(model: ScFoundationForPreTraining) -> AbstractContextMan
     return patch.object(decoder_module, "CPU_WIDE_BUDGET", 2**62)
 
 
+def _dropout_of_torch(model: ScFoundationForPreTraining) -> AbstractContextManager[Any]:
+    return patch.object(ScFoundationDropout, "forward", nn.Dropout.forward)
+
+
 FAST_PATHS: tuple[FastPath, ...] = (
     FastPath("attention without its weights (SDPA)", ("embed", *DECODING), _eager_attention),
     FastPath("zero genes computed once (first decoder layer)", DECODING, _own_zeros),
@@ -94,4 +101,5 @@ FAST_PATHS: tuple[FastPath, ...] = (
     FastPath("feature maps streamed", DECODING, _whole_feature_maps),
     FastPath("decoder layers a few positions at a time (without gradients)", DECODING[:2], _whole_layers),
     FastPath("the decoder's feed-forward in chunks (on a CPU)", ("train",), _whole_feed_forward),
+    FastPath("dropout's random numbers four at a time (on a CPU)", ("train",), _dropout_of_torch, is_random=True),
 )

@@ -1,5 +1,6 @@
 """Every job runs, ours and the baseline's, and gives the same numbers: only then is a ratio of times one."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,9 @@ def test_calls_take_as_many_cells_as_our_jobs_do():
 def test_a_path_switched_off_changes_the_way_and_not_the_numbers(make_case, path):
     for job in path.jobs:
         case = make_case(job)
+        if path.is_random:
+            case = replace(case, config=copy.deepcopy(case.config))
+            case.config.hidden_dropout_prob = 0.1
         model = build_model(case, OURS, CPU)
 
         def kernels(case: Case = case, model: torch.nn.Module = model, job: JobName = job) -> tuple[torch.Tensor, list]:
@@ -156,7 +160,7 @@ def test_a_path_switched_off_changes_the_way_and_not_the_numbers(make_case, path
         with path.switched_off(model):
             found, without_path = kernels()
         assert with_path != without_path, job
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=0.1 if path.is_random else 1e-5, rtol=0)
         assert kernels()[1] == with_path, "the path is not on again"
 
 
