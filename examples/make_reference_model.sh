@@ -37,4 +37,3 @@ python -m scfoundation_hf.trainer_scripts.model_card reference-model --results r
 mkdir -p "$here/reference-model"
 find reference-model -maxdepth 1 -type f ! -name pretraining_settings.json -exec cp {} "$here/reference-model/" \;
 cp "$here/reference-model/README.md" "$here/../model_card.md"
-cp results/results.json results/tables.md results/scaling.svg "$here/../docs/benchmarks/pretraining/"
