@@ -1,6 +1,6 @@
 """scFoundation in one screen: cells in, embeddings, predicted expression or cell types out.
 
-Reading order: `embeddings.py`, `encoder.py` (with `attention.py`), `pooling.py`; then `decoder.py` (with
+Reading order: `embeddings.py`, `encoder.py` (with `attention.py`, `dropout.py`), `pooling.py`; then `decoder.py` (with
 `linear_attention.py`), `classification_head.py` and `losses.py`. Batches are padded or packed;
 docs/batch-contract.md gives every key.
 """

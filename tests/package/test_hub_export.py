@@ -32,6 +32,7 @@ CODE = {
     "configuration_scfoundation.py",
     "data_collator.py",
     "decoder.py",
+    "dropout.py",
     "embeddings.py",
     "encoder.py",
     "gene_vocabulary.py",
