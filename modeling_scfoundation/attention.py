@@ -5,17 +5,20 @@
 """
 # B cells, L tokens a row, H heads, D head width
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import is_flash_attention_requested
 
+LARGEST_PACKED_HEAD_DIM = 256
 XFORMERS_MISSING = "The attention backend 'xformers' needs xFormers: pip install xformers."
 
 
@@ -26,11 +29,13 @@ class AttentionLayout:
     Args:
         mask: what the backend takes as its mask; `None`: every token of a row sees every other.
         token_counts: tokens of each cell, for backends that are called cell by cell.
+        borders: `(cells + 1,)` int32 where these cells begin, for a kernel that takes all of them at once.
         backend_arguments: further keyword arguments of the backend.
     """
 
     mask: Any = None
     token_counts: list[int] | None = None
+    borders: Tensor | None = None
     backend_arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -146,7 +151,7 @@ def prepare_attention(
         mask = create_bidirectional_mask(config=config, inputs_embeds=embeddings, attention_mask=attention_mask)
         return AttentionLayout(mask=mask)
     if backend == "sdpa":
-        return AttentionLayout(token_counts=cu_seq_lens.diff().tolist())
+        return AttentionLayout(token_counts=cu_seq_lens.diff().tolist(), borders=cu_seq_lens.to(torch.int32))
     if is_flash_attention_requested(config):
         # transformers reads these four names and calls the variable-length kernel.
         longest = int(cu_seq_lens.diff().max()) if max_length is None else max_length
@@ -225,8 +230,57 @@ def attend(
     """
     forward = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     arguments = {"scaling": scaling, "dropout": dropout, **layout.backend_arguments}
-    if layout.token_counts is None:
-        return forward(module, query, key, value, layout.mask, **arguments)
-    # Cell by cell costs the sum of the squared lengths; one masked row would cost the square of their sum.
-    cells = zip(*(states.split(layout.token_counts, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([forward(module, *cell, None, **arguments)[0] for cell in cells], dim=1), None
+    with _without_cudnn(query.device):
+        if layout.token_counts is None:
+            return forward(module, query, key, value, layout.mask, **arguments)
+        if dropout == 0 and _has_packed_kernel(query):
+            return _attend_packed(query, key, value, layout, scaling=scaling), None
+        # Cell by cell costs the sum of the squared lengths; one masked row would cost the square of their sum.
+        cells = zip(*(states.split(layout.token_counts, dim=2) for states in (query, key, value)), strict=True)
+        return torch.cat([forward(module, *cell, None, **arguments)[0] for cell in cells], dim=1), None
+
+
+def _has_packed_kernel(states: Tensor) -> bool:
+    """Whether torch's own flash attention takes cells end to end: on NVIDIA GPUs from Ampere on, in half precision."""
+    return (
+        states.device.type == "cuda"
+        and torch.version.cuda is not None
+        and states.dtype in (torch.bfloat16, torch.float16)
+        and states.shape[-1] % 8 == 0
+        and states.shape[-1] <= LARGEST_PACKED_HEAD_DIM
+        and torch.cuda.get_device_capability(states.device) >= (8, 0)
+    )
+
+
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, *, scaling: float) -> Tensor:
+    """All packed cells in one launch: `(1, H, L, D)` to `(1, L, H, D)`."""
+    assert layout.token_counts is not None
+    assert layout.borders is not None
+    longest = max(layout.token_counts)
+    rows = (states[0].transpose(0, 1) for states in (query, key, value))
+    return varlen_attn(*rows, layout.borders, layout.borders, longest, longest, scale=scaling)[None]
+
+
+@contextmanager
+def _without_cudnn(device: torch.device) -> Iterator[None]:
+    """Keep SDPA from cuDNN's attention, unless that is the only one which the user allows.
+
+    cuDNN makes a plan for every new shape, tens of milliseconds forward and backward, and cells have ever new lengths:
+    on an H100, where torch prefers it, a training step of the 3M model took thirty times as long with it.
+    """
+    allows = torch.backends.cuda
+    others = (allows.flash_sdp_enabled, allows.mem_efficient_sdp_enabled, allows.math_sdp_enabled)
+    is_switched = (
+        device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and allows.cudnn_sdp_enabled()
+        and any(is_enabled() for is_enabled in others)
+    )
+    if not is_switched:
+        yield
+        return
+    allows.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        allows.enable_cudnn_sdp(True)

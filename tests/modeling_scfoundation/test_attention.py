@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scfoundation_hf.modeling_scfoundation import attention
 from scfoundation_hf.modeling_scfoundation.attention import (
@@ -59,13 +60,15 @@ def config_for(backend: str) -> SimpleNamespace:
     return SimpleNamespace(_attn_implementation=backend)
 
 
-def run(backend: str, states: tuple, mask: torch.Tensor | None, borders: torch.Tensor | None) -> torch.Tensor:
+def run(
+    backend: str, states: tuple, mask: torch.Tensor | None, borders: torch.Tensor | None, *, dropout: float = 0.0
+) -> torch.Tensor:
     module = nn.Module().eval()
     module.is_causal = False
     query = states[0]
     embeddings = torch.empty(query.shape[0], query.shape[2], HEADS * HEAD_DIM)
     layout = prepare_attention(config_for(backend), embeddings, mask, borders)
-    return attend(module, *states, layout, backend=backend, scaling=HEAD_DIM**-0.5, dropout=0.0)[0]
+    return attend(module, *states, layout, backend=backend, scaling=HEAD_DIM**-0.5, dropout=dropout)[0]
 
 
 BORDERS = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
@@ -85,6 +88,76 @@ def test_sdpa_packs_cell_by_cell_and_never_builds_the_square_mask(packed):
     layout = prepare_attention(config_for("sdpa"), torch.empty(1, 11, 16), None, BORDERS)
     assert layout.token_counts == [4, 1, 6]
     assert layout.mask is None
+
+
+def test_sdpa_takes_all_packed_cells_at_once_where_a_kernel_does(monkeypatch, packed, one_by_one):
+    calls = []
+
+    def attend_by_borders(query, key, value, borders, key_borders, longest, longest_key, *, scale):
+        """What torch's `varlen_attn` computes: `(tokens, H, D)`."""
+        calls.append((borders.dtype, longest, longest_key))
+        assert torch.equal(borders, key_borders)
+        cells = zip(*(states.tensor_split(borders[1:-1].long()) for states in (query, key, value)), strict=True)
+        return torch.cat(
+            [
+                torch.einsum("hqk,khd->qhd", (torch.einsum("qhd,khd->hqk", q, k) * scale).softmax(-1), v)
+                for q, k, v in cells
+            ]
+        )
+
+    monkeypatch.setattr(attention, "_has_packed_kernel", lambda states: True)
+    monkeypatch.setattr(attention, "varlen_attn", attend_by_borders)
+    torch.testing.assert_close(run("sdpa", packed, None, BORDERS.long()), one_by_one)
+    assert calls == [(torch.int32, 6, 6)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["one launch", "cell by cell"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_packed_cells_on_a_gpu(packed, one_by_one, dtype, dropout):
+    """Outputs and gradients, by the kernel that takes all cells and by the one that takes each."""
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    gradient = torch.randn_like(one_by_one)
+    expected = [tensor.clone().requires_grad_() for tensor in packed]
+    run("eager", expected, None, BORDERS).backward(gradient)
+    states = [tensor.to("cuda", dtype).requires_grad_() for tensor in packed]
+    attended = run("sdpa", states, None, BORDERS.cuda(), dropout=dropout)
+    attended.backward(gradient.to("cuda", dtype))
+    torch.testing.assert_close(attended.float().cpu(), one_by_one, **tolerance)
+    for ours, theirs in zip(states, expected, strict=True):
+        torch.testing.assert_close(ours.grad.float().cpu(), theirs.grad, **tolerance)
+
+
+def test_which_states_have_a_packed_kernel(monkeypatch):
+    def states(dtype=torch.bfloat16, head_dim=32, device="cuda"):
+        return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 9, head_dim))
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert attention._has_packed_kernel(states())
+    assert not attention._has_packed_kernel(states(torch.float32))
+    assert not attention._has_packed_kernel(states(head_dim=36))
+    assert not attention._has_packed_kernel(states(head_dim=264))
+    assert not attention._has_packed_kernel(states(device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not attention._has_packed_kernel(states())
+
+
+def test_cudnn_is_left_out_unless_it_is_all_there_is():
+    """The switches exist without a GPU too."""
+    cuda, is_enabled = torch.device("cuda"), torch.backends.cuda.cudnn_sdp_enabled
+    before = is_enabled()
+    with attention._without_cudnn(cuda):
+        assert not is_enabled()
+    assert is_enabled() == before
+    with pytest.raises(ZeroDivisionError), attention._without_cudnn(cuda):
+        raise ZeroDivisionError
+    assert is_enabled() == before
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), attention._without_cudnn(cuda):
+        assert is_enabled()
+    with attention._without_cudnn(torch.device("cpu")):
+        assert is_enabled() == before
 
 
 @pytest.mark.parametrize("max_length", [None, 6])
@@ -161,6 +234,7 @@ def test_xformers_without_a_gpu_says_so(packed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_xformers_kernel(packed, one_by_one, dtype):
+    pytest.importorskip("xformers.ops", exc_type=ImportError)
     states = tuple(tensor.to("cuda", dtype) for tensor in packed)
     attended = run("xformers", states, None, BORDERS.cuda())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
