@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 COUNTS_PER_CELL = 10_000
 MAX_LOG1P_CP10K = float(np.log1p(COUNTS_PER_CELL))  # a cell with all its counts in one gene
 MAX_RECOVERY_RESIDUE = 0.1
+_LARGEST_COUNT_DRAWN_SINGLY = 24  # as many uniforms take as long as one binomial draw
 _SMALL_COUNT = 16  # rounded right whatever the first estimate
 _LARGEST_PLAUSIBLE_LOG = 50.0  # expm1 of more is above 1e21, no count
 
@@ -154,13 +155,21 @@ def log10_target_depth(
 def down_sample(counts: np.ndarray, *, rate: float, generator: np.random.Generator) -> np.ndarray:
     """One cell as a shallower sequencing run would have read it: each count ~ Binomial(count, rate).
 
+    Small counts are drawn one by one, in single precision: the rate is that of the next multiple of 2**-24.
+
     Args:
         counts: `(genes,)` integers.
         rate: chance of each count to be kept.
     Returns: `(genes,)` int64; the counts unchanged if none would be left.
     Source: paper, Supplementary Note 9.
     """
-    left = generator.binomial(counts, rate)
+    drawn_singly = np.where(counts > _LARGEST_COUNT_DRAWN_SINGLY, 0, counts)
+    ends = np.cumsum(drawn_singly)
+    num_kept = np.zeros(int(ends[-1]) + 1, dtype=np.int64)
+    np.cumsum(generator.random(int(ends[-1]), dtype=np.float32) < rate, out=num_kept[1:])
+    left = num_kept[ends] - num_kept[ends - drawn_singly]
+    is_large = np.flatnonzero(counts > _LARGEST_COUNT_DRAWN_SINGLY)
+    left[is_large] = generator.binomial(counts[is_large], rate)
     return left if left.any() else counts
 
 

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader
 
+from scfoundation_hf.tokenization import read_depth_aware
 from scfoundation_hf.tokenization.data_collator import RawCells, ScFoundationReadDepthAwareCollator
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.tokenization.read_depth import down_sample
@@ -318,7 +319,7 @@ def test_shares_of_masked_random_and_unchanged_targets(drawn, kind):
 def test_hidden_zeros_and_lenders_of_random_values_are_drawn_evenly(drawn, what):
     assert len(drawn[what]) > 5000
     assert stats.kstest(drawn[what], "uniform").pvalue > LEVEL
-    assert stats.kstest(drawn[what] ** 1.1, "uniform").pvalue < POWER
+    assert stats.kstest(drawn[what] ** 1.15, "uniform").pvalue < POWER
 
 
 def test_paper_masks_all_that_it_hides_and_ten_times_the_zeros(tokenizer, synthetic_cells):
@@ -499,10 +500,48 @@ def test_shown_zeros_are_drawn_evenly(tokenizer, cells):
 
 def test_shown_zeros_come_from_a_stream_of_their_own(tokenizer, cells):
     (cell,) = collate(tokenizer, [rows_of(cells)[0] | {"cell_id": 5}], decoder_positions=3000)
-    zeros = np.setdiff1d(np.arange(NUM_GENES), np.union1d(cell["input_ids"], cell["target_ids"]))
+    taken = set(cell["input_ids"]) | set(cell["target_ids"])
     generator = np.random.Generator(np.random.Philox(key=np.zeros(2, dtype=np.uint64), counter=[0, 1, 5, 0]))
-    shown = cell["decoder_ids"][cell["decoder_weights"] > 1]
-    np.testing.assert_array_equal(shown, np.sort(generator.choice(zeros, len(shown), replace=False, shuffle=False)))
+    while len(taken) < 3000:
+        taken |= set(generator.integers(NUM_GENES + 2, size=3000 - len(taken), dtype=np.int32))
+    np.testing.assert_array_equal(cell["decoder_ids"], sorted(taken))
+
+
+def test_every_set_of_positions_is_drawn_equally_often():
+    generator = np.random.default_rng(11)
+    found: dict[tuple, int] = {}
+    for _ in range(6000):
+        is_taken = np.array([False, True, False, False, False, True, False])
+        read_depth_aware._draw_some(is_taken, 2, generator)
+        assert is_taken[[1, 5]].all()
+        drawn = tuple(i for i in np.flatnonzero(is_taken).tolist() if i not in (1, 5))
+        found[drawn] = found.get(drawn, 0) + 1
+    assert set(map(len, found)) == {2}
+    assert len(found) == 10
+    assert stats.chisquare(list(found.values())).pvalue > LEVEL
+
+
+@pytest.mark.parametrize("probability", [0, 1e-12, 0.03, 0.3, 0.9, 1])
+def test_marks_are_each_gene_with_its_probability(probability):
+    """Numbers and places: the genes marked in 2,000 cells, binomial for each cell and for each gene."""
+    num_cells, num_genes = 2000, 50
+    number = read_depth_aware._num_marks(num_genes, probability)
+    waits = np.random.default_rng(3).standard_exponential((num_cells, number), dtype=np.float32)
+    marks = read_depth_aware._marks(waits, num_genes, probability)
+    assert (np.diff(marks, axis=1) > 0).all()
+    is_marked = np.zeros((num_cells, num_genes + 1), dtype=bool)
+    np.put_along_axis(is_marked, np.minimum(marks, num_genes), True, axis=1)
+    is_marked = is_marked[:, :num_genes]
+    if probability in (0, 1e-12, 1):
+        assert (is_marked == (probability == 1)).all()
+        return
+    assert stats.binomtest(int(is_marked.sum()), is_marked.size, probability).pvalue > LEVEL
+    assert stats.binomtest(int(is_marked.sum()), is_marked.size, probability * 0.85).pvalue < POWER
+    for axis in (0, 1):
+        counts, draws = is_marked.sum(axis=axis), is_marked.shape[axis]
+        squares = ((counts - draws * probability) ** 2).sum() / (draws * probability * (1 - probability))
+        law = stats.chi2(len(counts))
+        assert 2 * min(law.sf(squares), law.cdf(squares)) > LEVEL
 
 
 def test_decoder_positions_grow_where_a_cell_needs_more(tokenizer, cells):
