@@ -7,6 +7,7 @@ nothing else. When every input has its record, duplicates are found over all of 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -57,6 +58,7 @@ from .manifest import (
 from .whole_files import write_json, write_whole
 
 ROWS_PER_SHARD = 32 * ROW_GROUP_ROWS
+CELLS_HELD_OUT, GROUPS_HELD_OUT = 0.02, 0.1  # chance of a cell, or of a donor, to be for validation
 MAX_COUNT = 2**24  # up to here float32 holds every integer
 _SOURCES = "sources"
 _UNFINISHED = ".unfinished"
@@ -111,7 +113,7 @@ def prepare(
     *,
     obs: Sequence[str] = (),
     validation_by: Sequence[str] = (),
-    validation_share: float = 0.02,
+    validation_share: float | None = None,
     min_genes: int = 201,
     layer: str | None = None,
     gene_column: str | None = None,
@@ -139,7 +141,8 @@ def prepare(
         validation_by: columns of obs, such as the donor; the first that an input has decides. All cells with the same
             value, also in different inputs, go to one split; cells without one go by their input's name. None: each
             cell goes by itself.
-        validation_share: chance to be in the validation split, by a hash: 0 none, 1 all.
+        validation_share: chance to be in the validation split, by a hash: 0 none, 1 all. None: 0.02 for cells, 0.1
+            for the groups of `validation_by`, which are fewer. Where none is drawn, a warning names a share that does.
         min_genes: cells with fewer expressed vocabulary genes are left out (the paper keeps more than 200).
         layer, gene_column: as for the tokenizer; for all of these inputs.
         values: "counts" (integers), "expected_counts" (fractions, TPM or FPKM, kept as they are) or "recover_counts"
@@ -196,7 +199,7 @@ def _sources(inputs: Sequence[str | PathLike[str]]) -> list[_Source]:
 
 
 def _settings(
-    obs: Sequence[str], validation_by: Sequence[str], validation_share: float, min_genes: int
+    obs: Sequence[str], validation_by: Sequence[str], validation_share: float | None, min_genes: int
 ) -> dict[str, Any]:
     for name, columns in (("obs", obs), ("validation_by", validation_by)):
         if isinstance(columns, str):
@@ -205,6 +208,8 @@ def _settings(
             raise ValueError(f"{name} names a column twice: {', '.join(columns)}.")
     if taken := sorted(set(obs) & set(OWN_COLUMNS)):
         raise ValueError(f"obs column {taken[0]!r} can't be kept under this name: the corpus has one of its own.")
+    if validation_share is None:
+        validation_share = GROUPS_HELD_OUT if validation_by else CELLS_HELD_OUT
     if not 0 <= validation_share <= 1:
         raise ValueError(f"validation_share is {validation_share}; expected a share between 0 and 1.")
     symbols = "\n".join(GeneVocabulary.default().symbols)
@@ -414,10 +419,18 @@ def _warn_of_columns(job: _Job, manifest: CorpusManifest) -> None:
         if is_wanted[split] and not manifest.num_cells(split):
             warnings.warn(
                 f"No cell fell into the {split} split: with validation_share={share:g} none of the groups or cells was "
-                "drawn. Take another share.",
+                f"drawn. {_share_that_draws(manifest, split)} Prepare into another folder with it.",
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _share_that_draws(manifest: CorpusManifest, split: Split) -> str:
+    """Which `validation_share` would leave the split its first cell."""
+    lowest, highest = zip(*(source["validation_draws"] for source in manifest.sources), strict=True)
+    if split == "validation":
+        return f"The first one comes at {math.ceil(min(lowest) * 1000 + 1e-9) / 1000:g}."
+    return f"The first one is left at {math.floor(max(highest) * 1000) / 1000:g}."
 
 
 # --- One input ---
@@ -453,8 +466,9 @@ def _write_source(job: _Job, source: _Source, folder: Path) -> dict[str, Any]:
         opened.enter_context(prepared)
         columns = {name: _obs_column(prepared, name) for name in settings["obs"]}
         groups, group_column = _validation_groups(prepared, source, settings["validation_by"])
-        in_validation = None if groups is None else _fall_below(_digests_of_texts(groups), settings["validation_share"])
+        of_groups = None if groups is None else _draws(_digests_of_texts(groups))
         names, num_repeated, total_counts = _CellNames(), 0, 0.0
+        lowest, highest = 1.0, 0.0
         with _ShardWriter(folder, source, corpus_schema(settings["obs"])) as shards:
             for start, stop in prepared.chunks():
                 rows = start + np.flatnonzero(prepared.is_kept[start:stop])
@@ -466,9 +480,9 @@ def _write_source(job: _Job, source: _Source, folder: Path) -> dict[str, Any]:
                 num_repeated += len(rows) - len(new)
                 rows, counts, digests = rows[new], counts[new], [digests[cell] for cell in new]
                 total_counts += float(counts.sum(dtype=np.float64))
-                is_validation = (
-                    _fall_below(digests, settings["validation_share"]) if in_validation is None else in_validation[rows]
-                )
+                drawn = _draws(digests) if of_groups is None else of_groups[rows]
+                lowest, highest = drawn.min(initial=lowest), drawn.max(initial=highest)
+                is_validation = drawn < settings["validation_share"]
                 for split in SPLITS:
                     cells = np.flatnonzero(is_validation == (split == "validation"))
                     obs = {name: column if column is None else column[rows[cells]] for name, column in columns.items()}
@@ -492,6 +506,7 @@ def _write_source(job: _Job, source: _Source, folder: Path) -> dict[str, Any]:
             "num_genes_found": report.num_matched_genes,
             "counts_kept": report.counts_kept,
             "validation_by": group_column,
+            "validation_draws": [float(lowest), float(highest)],
             "missing_obs": [name for name, column in columns.items() if column is None],
             "shards": [asdict(shard) for shard in shards.finished],
             "description": prepared.describe(),
@@ -578,10 +593,9 @@ def _digests_of_texts(texts: np.ndarray) -> list[bytes]:
     return [digests[number] for number in numbers]
 
 
-def _fall_below(digests: Sequence[bytes], share: float) -> np.ndarray:
-    """Whether each digest, read as a number from 0 to 1, is below `share`."""
-    numbers = np.array([int.from_bytes(digest[:8]) for digest in digests], dtype=np.float64) / 2.0**64
-    return numbers < share
+def _draws(digests: Sequence[bytes]) -> np.ndarray:
+    """Each digest as a number from 0 to 1: below `validation_share`, its cell is in the validation split."""
+    return np.array([int.from_bytes(digest[:8]) for digest in digests], dtype=np.float64) / 2.0**64
 
 
 class _CellNames:

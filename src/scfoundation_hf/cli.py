@@ -505,7 +505,13 @@ def prepare(
             "an input has. Default: each cell by itself."
         ),
     ] = None,
-    validation_share: Annotated[float, typer.Option(help="Chance to be in the validation split, by a hash.")] = 0.02,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Chance to be in the validation split, by a hash; default: 0.02, with --validation-by 0.1.",
+            show_default=False,
+        ),
+    ] = None,
     min_genes: Annotated[
         int, typer.Option(help="Cells with fewer expressed genes are left out; the paper keeps more than 200.")
     ] = 201,

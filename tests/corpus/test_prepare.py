@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,27 @@ def test_columns_and_splits_that_stay_empty(own_sources, tmp_path):
         prepare(own_sources[:1], tmp_path / "one", obs=["tissue"], **OPTIONS)
     with pytest.warns(UserWarning, match=r"No cell fell into the validation split: with validation_share=1e-09"):
         prepare(own_sources[:1], tmp_path / "two", validation_share=1e-9, **OPTIONS)
+
+
+@pytest.mark.parametrize(("split", "share"), [("validation", 1e-9), ("train", 1 - 1e-9)])
+def test_the_warning_names_a_share_that_draws(own_sources, tmp_path, split, share):
+    choice = {"validation_by": ["donor"], **OPTIONS}
+    with pytest.warns(UserWarning, match=f"No cell fell into the {split} split") as caught:
+        prepare(own_sources[:1], tmp_path / "none", validation_share=share, **choice)
+    (message,) = [str(warning.message) for warning in caught if "No cell fell" in str(warning.message)]
+    named = float(re.search(r"at (0\.\d+)\.", message)[1])
+    manifest = prepare(own_sources[:1], tmp_path / "some", validation_share=named, **choice)
+    cells = json.loads(manifest.read_text())["num_cells"]
+    assert cells["train"] > 0
+    assert cells["validation"] > 0
+
+
+def test_the_share_held_out_by_default(own_sources, tmp_path):
+    for name, choice, expected in (("cells", {}, 0.02), ("donors", {"validation_by": ["donor"]}, 0.1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prepare(own_sources[:1], tmp_path / name, **choice, **OPTIONS)
+        assert CorpusManifest.read(tmp_path / name).settings["validation_share"] == expected
 
 
 # --- Again ---
