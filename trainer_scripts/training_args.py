@@ -89,6 +89,13 @@ class ScFoundationTrainingArguments(TrainingArguments):
         metadata={"help": "Seed of what is hidden in validation, the same in every run so that runs compare."},
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses that are no numbers out of the log. They should be seen, and looking for them makes "
+            "a GPU wait in every step."
+        },
+    )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
     eval_steps: float | None = field(default=1000, metadata={"help": "Steps between two validations."})
     save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
