@@ -14,6 +14,8 @@ included. Loaders take turns, so that a busy moment of the machine meets all of 
 - AnnLoader: anndata's own, whose batches are dense, in this process
 - original: one row at a time, as `get_embedding.py` of biomap-research/scFoundation prepares it, with genes hidden;
   from an aligned pandas table in memory, in this process
+
+The collator alone, on cells in memory, is timed by its CPU time for several recipes.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,14 @@ from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationT
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "corpus"  # beside the maintainers' clone
 BATCH_SIZE = 128
+COLLATED_BATCHES = 20
 MIN_GENES = 201
+COLLATORS: dict[str, dict[str, Any]] = {
+    "released, packed": {},
+    "released, padded": {"layout": "padded"},
+    "released, decoder_positions=4096": {"decoder_positions": 4096},
+    "paper, packed": {"recipe": "paper"},
+}
 PUBLISHED = "published by others on one laptop, not measured here: annbatch 68,867 cells/s (without our collator)"
 
 
@@ -122,6 +132,20 @@ def rate(batches: Iterator, num_cells: int | None, count: Callable[[Any], int]) 
     return seen / (time.perf_counter() - start)
 
 
+def collator_rates(batches: list[RawCells], repeats: int) -> dict[str, list[float]]:
+    """Cells a second of CPU time of each of `COLLATORS`, in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in COLLATORS}
+    num_cells = sum(map(len, batches))
+    for _ in range(repeats):
+        for name, options in COLLATORS.items():
+            collate = ScFoundationReadDepthAwareCollator(ScFoundationTokenizer(), **options)
+            start = time.process_time()
+            for batch in batches:
+                collate(batch)
+            rates[name].append(num_cells / (time.process_time() - start))
+    return rates
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -175,6 +199,8 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             for name, (batches, num_cells, count) in loaders.items():
                 rates[name].append(rate(batches(repeat), num_cells, count))
+        some = list(islice(iter(CorpusStream(corpus, batch_size=BATCH_SIZE)), COLLATED_BATCHES))
+        of_collators = collator_rates(some, arguments.repeats)
     print(f"cells a second, median (from .. to) of {arguments.repeats} repeats in turns; ratio to the original's way:")
     for name, measured in rates.items():
         ratios = [mine / base for mine, base in zip(measured, rates["original"], strict=True)]
@@ -183,6 +209,9 @@ def main() -> None:
             f"{statistics.median(ratios):>9,.1f} x"
         )
     print(PUBLISHED)
+    print("the collator alone, cells a second of CPU time")
+    for name, measured in of_collators.items():
+        print(f"{name:<34}{statistics.median(measured):>8,.0f} ({min(measured):,.0f} .. {max(measured):,.0f})")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ CANDIDATES = {
     "one decoder head of 64": Candidate({"decoder_num_attention_heads": 1, "decoder_head_dim": 64}),
     "64 random features": Candidate({"decoder_num_random_features": 64}),
     "encoder of 2 layers": Candidate({"num_hidden_layers": 2}),
+    "encoder 64 wide": Candidate({"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}),
+    "encoder 192 wide": Candidate({"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 384}),
+    "decoder 32 wide": Candidate(
+        {"decoder_hidden_size": 32, "decoder_num_attention_heads": 1, "decoder_intermediate_size": 128}
+    ),
+    "decoder 128 wide": Candidate(
+        {"decoder_hidden_size": 128, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 512}
+    ),
     "4 x 128 and 2 x 128, as the original's small model": Candidate(ORIGINAL_SMALL),
     "all positions": Candidate(decoder_positions=None),
     "1,280 positions": Candidate(decoder_positions=1280),

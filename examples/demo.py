@@ -1,6 +1,6 @@
 """`make demo`: real human cells embedded through `AutoModel`, in a few minutes on two CPU cores.
 
-The model is examples/reference-model: the published architecture at the 3M size, pretrained for two hours on sixteen
+The model is examples/reference-model: the published architecture at the 3M size, pretrained for minutes on sixteen
 thousand cells, not on the paper's fifty million, and on none of these. It shows that every part works and what so small
 a model sees; for embeddings to rely on, convert the released weights (see the README).
 """

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes examples/reference-model, from the cells to the card.
 #
-#     examples/make_reference_model.sh DATA WORK
+#     examples/make_reference_model.sh DATA WORK [OPTION ...]
 #
 # DATA holds the cell files named below (examples/reference-model/README.md lists them with their cells); WORK is a folder for corpora,
-# the run and its results. Killed, it goes on where it was when called again. Hours on two CPU cores.
+# the run and its results. Options go to `scfoundation pretrain`; the shipped model was made with --tf32 true
+# --dataloader-num-workers 2. Killed, it goes on where it was when called again. Minutes of training on a GPU, hours on two CPU cores.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$1
@@ -31,7 +32,7 @@ scfoundation prepare zheng_facs_pbmc.h5ad "$work/unseen" "${obs[@]}" --obs Sampl
 scfoundation prepare baron_pancreas.h5ad corpus/lung_nsclc_immune_scgate.h5ad "$work/unseen" "${obs[@]}" --obs Sample --validation-share 1
 
 cd "$work"
-scfoundation pretrain "$here/pretrain-reference-model.yaml" --corpus corpus --output-dir reference-model
+scfoundation pretrain "$here/pretrain-reference-model.yaml" --corpus corpus --output-dir reference-model "${@:3}"
 scfoundation benchmark pretraining corpus results --model reference-model --run reference-model --recipe released --overwrite
 python -m scfoundation_hf.trainer_scripts.model_card reference-model --results results/results.json > /dev/null
 mkdir -p "$here/reference-model"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Makes the tables and the figure of docs/scaling.md: two more sizes beside the reference model, on the same cells.
 #
-#     examples/make_scaling_figure.sh WORK
+#     examples/make_scaling_figure.sh WORK [OPTION ...]
 #
 # WORK is the folder of examples/make_reference_model.sh, with its corpus and its run. Killed, it goes on where it was when called
-# again. Three hours on two CPU cores.
+# again. Options go to `scfoundation pretrain`. Minutes of training on a GPU, a day on two CPU cores.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$1"
 for size in 1m 10m; do
-    scfoundation pretrain "$here/pretrain-scale-$size.yaml" --corpus corpus --output-dir "scale-$size"
+    scfoundation pretrain "$here/pretrain-scale-$size.yaml" --corpus corpus --output-dir "scale-$size" "${@:2}"
 done
 runs=()
 for name in scale-1m reference-model scale-10m; do runs+=(--model "$name" --run "$name"); done

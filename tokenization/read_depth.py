@@ -164,9 +164,9 @@ def down_sample(counts: np.ndarray, *, rate: float, generator: np.random.Generat
     Source: paper, Supplementary Note 9.
     """
     drawn_singly = np.where(counts > _LARGEST_COUNT_DRAWN_SINGLY, 0, counts)
-    ends = np.cumsum(drawn_singly)
-    num_kept = np.zeros(int(ends[-1]) + 1, dtype=np.int64)
-    np.cumsum(generator.random(int(ends[-1]), dtype=np.float32) < rate, out=num_kept[1:])
+    ends, total = np.cumsum(drawn_singly), int(drawn_singly.sum())
+    num_kept = np.zeros(total + 1, dtype=np.int64)  # of the counts before each
+    np.cumsum(generator.random(total, dtype=np.float32) < rate, out=num_kept[1:])
     left = num_kept[ends] - num_kept[ends - drawn_singly]
     is_large = np.flatnonzero(counts > _LARGEST_COUNT_DRAWN_SINGLY)
     left[is_large] = generator.binomial(counts[is_large], rate)

@@ -277,7 +277,8 @@ def _expressed_genes(
     """What becomes of the expressed genes: tokens, unless they are masked."""
     cells, sizes = row_of_entry(inputs), np.diff(inputs.indptr)
     # One uniform says what becomes of a gene and, if that is a random value, whose. Shares below 1 are chosen.
-    shares = uniforms / np.float32(max(recipe.hidden_nonzero_probability, _TINY))
+    probability = recipe.hidden_nonzero_probability
+    shares = uniforms / np.float32(probability) if probability else np.full_like(uniforms, np.inf)
     is_target, is_masked = shares < 1, shares < recipe.mask_share
     _keep_one_visible(is_target, is_masked, uniforms, inputs.indptr)
     _have_one_target(is_target, is_masked, uniforms, inputs.indptr, has_hidden_zeros=has_hidden_zeros)

@@ -125,6 +125,7 @@ def test_down_sampling_keeps_a_share_of_the_counts_and_never_adds_any():
     assert (left <= counts).all()
     assert left.sum() == pytest.approx(0.2 * counts.sum(), rel=0.1)
     np.testing.assert_array_equal(down_sample(counts, rate=1, generator=np.random.default_rng(1)), counts)
+    assert down_sample(counts[:0], rate=0.5, generator=np.random.default_rng(1)).size == 0
 
 
 def test_down_sampling_that_leaves_nothing_leaves_the_cell_unchanged():

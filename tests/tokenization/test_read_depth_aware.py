@@ -401,6 +401,26 @@ def test_any_number_of_workers_gives_the_same_batches(tokenizer, cells, num_work
 # --- Cells at the edge ---
 
 
+class LowestDraws:
+    """A generator whose uniforms are 0, as single precision gives once in 16 million draws."""
+
+    def random(self, out=None, dtype=None):
+        if out is None:
+            return 0.0
+        out[:] = 0
+
+    def standard_exponential(self, out, dtype):
+        out[:] = 1
+
+
+def test_the_lowest_draw_is_no_target_where_the_chance_is_none(monkeypatch, tokenizer, cells):
+    monkeypatch.setattr(CellGenerators, "of", lambda self, cell, *, stream: LowestDraws())
+    recipe = ReadDepthAwareRecipe(hidden_nonzero_probability=0, down_sampling_probability=0)
+    for cell, genes in zip(collate(tokenizer, cells, recipe=recipe), cells.to_csr(NUM_GENES), strict=True):
+        assert len(cell["target_ids"]) > 0
+        assert not np.isin(cell["target_ids"], genes.indices).any()
+
+
 def test_one_gene_stays_visible(tokenizer):
     for seed in range(30):
         (cell,) = collate(tokenizer, one_cell([7], [3]), seed=seed)

@@ -1,6 +1,7 @@
 """A step's gradient does not depend on how its cells are dealt out, validation counts targets, resuming is exact."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,15 @@ def test_all_positions_are_shown_from_the_step_on_that_was_asked_for(make_config
     trainer.model.forward = lambda **batch: (shown.append("decoder_ids" in batch), forward(**batch))[1]
     trainer.train()
     assert shown == [True] * 8 + [False] * 8  # two micro-batches a step
+
+
+def test_a_loss_that_is_no_number_is_seen(make_config):
+    """transformers would log the mean of the other steps."""
+    trainer = make_trainer(make_config(save_strategy="no", logging_steps=1, max_steps=2))
+    torch.nn.init.constant_(trainer.model.get_input_embeddings().weight, float("nan"))
+    trainer.train()
+    assert all(math.isnan(loss) for _, loss in losses(trainer))
+    assert len(losses(trainer)) == 2
 
 
 def test_the_log_tells_how_fast_it_went_and_how_far(make_config):

@@ -34,7 +34,7 @@ from scfoundation_hf.tokenization.read_depth_aware import RECIPES
 from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 from scfoundation_hf.trainer_scripts.output_folder import check_output_folder, replacing
 
-from .scaling_figure import draw_scaling, read_curve
+from .scaling_figure import draw_scaling, read_curve, with_measured_end
 from .stored_parts import without_nan
 from .tables import as_markdown
 
@@ -65,7 +65,8 @@ def benchmark_pretraining(
         models: folders of pretrained models, with tokenizers; they are named by the folders' names.
         corpus: folder made by `scfoundation prepare`. The baselines are fitted to its training split.
         output: folder to make: `results.json`, `tables.md`, and `scaling.svg` and `.png` if there are `runs`.
-        runs: folders of pretraining runs, finished or not, whose validation losses are drawn against FLOPs.
+        runs: folders of pretraining runs, finished or not, whose validation losses are drawn against FLOPs. The curve
+            of one that is among `models` ends with what is measured here.
         recipes: ways of hiding genes, "released" and "paper"; the figure shows the baselines of the first.
         group_by: obs columns kept by `prepare` (donor, batch) that tell groups of cells apart within a file; the first
             that a cell has decides. Default: those of them that the corpus was split by.
@@ -117,6 +118,13 @@ def benchmark_pretraining(
         results["recipes"][recipe] = cells.summarise(groups, models=list(loaded), seed=seed)
         ranks = [baseline.rank for baseline in fitted if isinstance(baseline, MatrixFactorisation)]
         results["recipes"][recipe]["rank_of_factorisation"] = ranks[0]
+    first = results["recipes"][recipes[0]]["predictors"]
+    curves = [
+        with_measured_end(curve, run, first[curve.name]["mse"])
+        if curve.masking == recipes[0] and folders.get(curve.name) == Path(run).resolve()
+        else curve
+        for curve, run in zip(curves, runs, strict=True)
+    ]
     results["runs"] = [
         {"name": curve.name, "flops": curve.flops.tolist(), "losses": curve.losses.tolist()} for curve in curves
     ]
@@ -125,7 +133,6 @@ def benchmark_pretraining(
         (folder / RESULTS_NAME).write_text(content + "\n", encoding="utf-8")
         (folder / TABLES_NAME).write_text(as_markdown(results), encoding="utf-8")
         if curves:
-            first = results["recipes"][recipes[0]]["predictors"]
             comparable = all(curve.masking == recipes[0] for curve in curves)
             levels = {name: first[name]["mse"] for name in first if name not in loaded} if comparable else {}
             draw_scaling(curves, levels, folder / FIGURE_NAME)

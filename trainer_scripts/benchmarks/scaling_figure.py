@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from scfoundation_hf.trainer_scripts.figures import COLORS, GREY, saved_figure
+from scfoundation_hf.trainer_scripts.model_card import REPORT_FILE
 
 NAME_HEIGHT = 9.5  # points
 
@@ -55,6 +56,20 @@ def read_curve(run: str | PathLike[str]) -> ScalingCurve:
     masking = None if stored.get("masking_overrides") else stored.get("masking")
     flops = np.interp(steps, *np.array([(0, 0), *logged], dtype=float).T)
     return ScalingCurve(folder.resolve().name, flops, losses, masking)
+
+
+def with_measured_end(curve: ScalingCurve, run: str | PathLike[str], loss: float) -> ScalingCurve:
+    """The curve of a finished run, ended by what was measured of its model with all the computation that it took.
+
+    Validations in the run may have been of a part of the cells. A run that is not finished is left as it is.
+    """
+    report = Path(run) / REPORT_FILE
+    if not report.is_file():
+        return curve
+    total = float(json.loads(report.read_text(encoding="utf-8"))["flops"])
+    is_before = curve.flops < total * (1 - 1e-6)
+    flops, losses = np.append(curve.flops[is_before], total), np.append(curve.losses[is_before], loss)
+    return replace(curve, flops=flops, losses=losses)
 
 
 def draw_scaling(curves: Sequence[ScalingCurve], levels: Mapping[str, float], path: Path) -> None:

@@ -213,6 +213,29 @@ def test_a_recipe_with_changes_is_no_recipe_of_that_name(run, tmp_path):
     assert read_curve(tmp_path / "run").masking is None
 
 
+def test_the_curve_of_a_measured_run_ends_with_what_was_measured(run, tiny_model_dir, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "BASELINES", few_ranks())
+    folder = tmp_path / "finished"
+    shutil.copytree(run, folder)
+    shutil.copytree(tiny_model_dir, folder, dirs_exist_ok=True)
+    arguments = {"runs": [folder, run], "max_cells": 2, "progress": False}
+    for name, report, ends in (("with", {"flops": 60e12}, [18e12, 40e12, 60e12]), ("without", None, None)):
+        if report is None:
+            (folder / "training_report.json").unlink()
+        else:
+            (folder / "training_report.json").write_text(json.dumps(report))
+        made = benchmark_pretraining([folder], corpus, tmp_path / name, **arguments)
+        results = json.loads((made / "results.json").read_text())
+        ours, other = results["runs"]
+        assert other["losses"] == read_curve(run).losses.tolist(), "no model of this call"
+        if ends is None:
+            assert ours["losses"] == other["losses"]
+        else:
+            np.testing.assert_allclose(ours["flops"], ends)
+            assert ours["losses"][:2] == other["losses"][:2]
+            assert ours["losses"][2] == results["recipes"]["released"]["predictors"]["finished"]["mse"]
+
+
 def test_the_figure_is_the_same_each_time(run, tmp_path):
     curves = [read_curve(run), ScalingCurve("other", np.array([1e13, 5e13]), np.array([1.8, 0.9]), "released")]
     for number in range(2):
