@@ -286,7 +286,7 @@ def draw(results: Results, path: Path) -> bool:
         _draw_job(panel, [record for record in comparable if record["job"] == job], baselines, names)
         panel.set_title(job.replace("_", " "))
     panels[0][0].set_ylabel("times the original, with SDPA")
-    figure.legend(*_handles_and_labels(panels[0]), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*_handles_and_labels(panels[0]), loc="outside lower center", ncols=min(len(jobs), 3), frameon=False)
     figure.suptitle(f"{size.upper()} model, {results['machine'].get('gpu') or results['machine']['processor']}")
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, format="png", dpi=150)
@@ -308,8 +308,10 @@ def _draw_job(
         if not of_name:
             continue
         bars = panel.bar(places, ratios, width, label=name, color=f"C{number}")
-        rates = [f"{1 / median(record['seconds_per_cell']):.2g}" for record in of_name]
-        panel.bar_label(bars, rates, fontsize=7, padding=1)
+        rates = [1 / median(record["seconds_per_cell"]) for record in of_name]
+        panel.bar_label(
+            bars, [f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}" for rate in rates], fontsize=7, padding=1
+        )
     panel.set_xticks(range(len(genes)), [f"{number:,}" for number in genes])
     panel.set_xlabel("expressed genes")
     panel.spines[["top", "right"]].set_visible(False)
