@@ -257,8 +257,10 @@ def _attend_packed(query: Tensor, key: Tensor, value: Tensor, layout: AttentionL
     assert layout.token_counts is not None
     assert layout.borders is not None
     longest = max(layout.token_counts)
-    rows = (states[0].transpose(0, 1) for states in (query, key, value))
-    return varlen_attn(*rows, layout.borders, layout.borders, longest, longest, scale=scaling)[None]
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    attended = varlen_attn(query, key, value, layout.borders, layout.borders, longest, longest, scale=scaling)
+    assert isinstance(attended, Tensor)  # a pair only where more is asked for
+    return attended[None]
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def mask_cells(counts: csr_matrix, *, recipe: ReadDepthAwareRecipe, generators: 
     draws = _draw(counts, totals, recipe, generators)
     full = working_precision(counts)
     full_values = log1p_cp10k(full, totals).data
-    first_keys = np.arange(num_cells + 1, dtype=np.int32 if num_cells * stride < 2**31 else np.int64) * stride
+    first_keys = np.arange(num_cells + 1).astype(np.int32 if num_cells * stride < 2**31 else np.int64) * stride
     full_keys = np.repeat(first_keys[:-1], np.diff(full.indptr)) + full.indices
     is_left = draws.input_counts > 0
     left, lost = np.flatnonzero(is_left), np.flatnonzero(~is_left)
@@ -354,9 +354,9 @@ def _draw_some(is_taken: np.ndarray, size: int, generator: np.random.Generator) 
     """Take `size` more of the positions that are not taken, in place; each set of them has the same chance."""
     left = size
     while left > 0:  # those met twice are drawn again
-        before = np.count_nonzero(is_taken)
+        before = int(np.count_nonzero(is_taken))
         is_taken[generator.integers(len(is_taken), size=left, dtype=np.int32)] = True
-        left -= np.count_nonzero(is_taken) - before
+        left -= int(np.count_nonzero(is_taken)) - before
 
 
 def _keep_one_visible(is_target: np.ndarray, is_masked: np.ndarray, uniforms: np.ndarray, indptr: np.ndarray) -> None:
