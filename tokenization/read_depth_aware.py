@@ -235,8 +235,7 @@ def mask_cells(counts: csr_matrix, *, recipe: ReadDepthAwareRecipe, generators: 
     full_values = log1p_cp10k(full, totals).data
     first_keys = np.arange(num_cells + 1).astype(np.int32 if num_cells * stride < 2**31 else np.int64) * stride
     full_keys = np.repeat(first_keys[:-1], np.diff(full.indptr)) + full.indices
-    is_left = draws.input_counts > 0
-    left, lost = np.flatnonzero(is_left), np.flatnonzero(~is_left)
+    left, lost = np.flatnonzero(draws.input_counts), np.flatnonzero(draws.input_counts == 0)
     inputs = without_stored_zeros(with_data(full, draws.input_counts.astype(full.dtype)))
     input_totals = row_totals(inputs)
     inputs = log1p_cp10k(inputs, input_totals)
@@ -308,8 +307,9 @@ def _zero_genes(
     num_genes = inputs.shape[1]
     is_zero = np.ones(first_keys[-1], dtype=bool)
     is_zero[input_keys] = False
+    is_zero[first_keys[:-1] + num_genes] = False  # T, where marks behind the last gene are put
     marks = first_keys[:-1, None] + np.minimum(draws.marks, num_genes)
-    is_chosen = is_zero[marks] & (draws.marks < num_genes)
+    is_chosen = is_zero[marks]
     keys, shares = marks[is_chosen], draws.mark_uniforms[is_chosen]
     is_masked = shares < recipe.mask_share
     is_random = ~is_masked & (shares < recipe.mask_share + recipe.random_value_share)
