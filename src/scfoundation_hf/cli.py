@@ -527,7 +527,7 @@ def prepare(
 ) -> None:
     """Turn cell files into a corpus to pretrain on; run again, it goes on with what is not finished.
 
-    Example: `scfoundation prepare cells/*.h5ad corpus --obs cell_type --validation-by donor --workers 4`
+    Example: `scfoundation prepare cells/*.h5ad my-corpus --obs cell_type --validation-by donor --workers 4`
     """
     from scfoundation_hf.corpus.prepare import prepare as run
 
@@ -561,7 +561,7 @@ def pretrain(
     Every key of the file is an option too, given behind CONFIG: `--corpus`, `--output-dir`, `--model`, `--max-steps`,
     `--learning-rate`, `--seed`, `--overwrite`, and all others of transformers' TrainingArguments.
 
-    Example: `scfoundation pretrain pretrain-3m --corpus corpus --output-dir scfoundation-3m --max-steps 2000`
+    Example: `scfoundation pretrain pretrain-3m --corpus my-corpus --output-dir scfoundation-3m --max-steps 2000`
     """
     from scfoundation_hf.trainer_scripts.pretrain import pretrain as run
     from scfoundation_hf.trainer_scripts.pretraining_config import read_config
@@ -783,7 +783,7 @@ def benchmark_pretraining(
 ) -> None:
     """Measure pretrained models on the held-out cells of a corpus, beside gene means and a matrix factorisation.
 
-    Example: `scfoundation benchmark pretraining corpus scaling --model runs/3m --model runs/10m --run runs/3m --run
+    Example: `scfoundation benchmark pretraining my-corpus scaling --model runs/3m --model runs/10m --run runs/3m --run
     runs/10m`
     """
     from scfoundation_hf.trainer_scripts.benchmarks import pretraining

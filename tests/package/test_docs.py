@@ -111,6 +111,12 @@ def test_commands_exist(command: str) -> None:
         commands_of_app[subcommand].make_context(subcommand, arguments)  # raises for what it does not know
 
 
+@pytest.mark.parametrize("command", [command for _, command in COMMANDS], ids=names([page for page, _ in COMMANDS]))
+def test_commands_write_to_no_source_folder(command: str) -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert not folders & set(shlex.split(command, comments=True)), "whoever runs it in a clone's root is refused"
+
+
 @pytest.mark.slow
 def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     for package in ("sphinx", "myst_parser", "furo"):
