@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -50,18 +51,21 @@ class Denoiser:
     uses_model: bool = False
 
 
+def plain_values(denoiser: Denoiser, predicted: np.ndarray) -> np.ndarray:
+    """Predictions as `(C, G)` log1p(CP10k), of shares those of an endlessly deep cell."""
+    return predicted if denoiser.scale == "log1p_cp10k" else np.log1p(predicted * np.float32(COUNTS_PER_CELL))
+
+
 def values_of(denoiser: Denoiser, predicted: np.ndarray, depths: np.ndarray) -> dict[Reading, np.ndarray]:
     """Predictions as `(C, G)` log1p(CP10k), of shares under both readings.
 
     Args:
         depths: `(C,)` target depths as total counts.
     """
-    if denoiser.scale == "log1p_cp10k":
-        return {"plain": predicted}
-    return {
-        "plain": np.log1p(predicted * np.float32(COUNTS_PER_CELL)),
-        "at target depth": expected_log1p_cp10k(predicted, depths),
-    }
+    readings: dict[Reading, np.ndarray] = {"plain": plain_values(denoiser, predicted)}
+    if denoiser.scale == "shares":
+        readings["at target depth"] = expected_log1p_cp10k(predicted, depths)
+    return readings
 
 
 def shares_of(counts: csr_matrix) -> np.ndarray:
@@ -151,6 +155,14 @@ def _scvi(cells: AnnData, setup: Setup) -> np.ndarray:
 
 def fit_scvi(cells: AnnData, setup: Setup, *, batch: str | None = None) -> Any:
     """scVI with its default settings, trained on the cells' counts; genes without any count are left out."""
+    models = {} if setup.scvi_models is None else setup.scvi_models
+    if batch not in models:
+        start = perf_counter()
+        models[batch] = (_train_scvi(cells, setup, batch), perf_counter() - start)
+    return models[batch][0]
+
+
+def _train_scvi(cells: AnnData, setup: Setup, batch: str | None) -> Any:
     with _quiet():
         import scvi
 

@@ -33,6 +33,8 @@ class Setup:
         seed: of methods that draw.
         scvi_epochs: `None`: scVI's own number.
         device: of our model and scVI; `None`: a GPU if there is one.
+        scvi_models: models of scVI trained on these cells, by batch column, with the seconds of training; methods that
+            read the same one train it once. `None`: each trains its own.
     """
 
     model: Path
@@ -41,6 +43,7 @@ class Setup:
     seed: int = 0
     scvi_epochs: int | None = None
     device: str | None = None
+    scvi_models: dict[str | None, tuple[Any, float]] | None = None
 
 
 class Method(Protocol):

@@ -1,6 +1,7 @@
 """The clustering benchmark gives every representation as many clusters as labels, and scores them."""
 
 import json
+import time
 
 import anndata
 import numpy as np
@@ -15,12 +16,13 @@ from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import CellFile, read_cells
 from scfoundation_hf.trainer_scripts.benchmarks.clustering import (
     REPRESENTATIONS,
+    Representation,
     Setup,
     benchmark_clustering,
     embedding_of,
     measure,
 )
-from scfoundation_hf.trainer_scripts.benchmarks.denoisers import log1p_values
+from scfoundation_hf.trainer_scripts.benchmarks.denoisers import log1p_values, shares_of
 from scfoundation_hf.trainer_scripts.benchmarks.graph_clustering import (
     components_of_expression,
     connectivity_of_labels,
@@ -75,17 +77,55 @@ def test_a_representation_that_knows_the_types_scores_best(example_cells, tiny_m
     kinds, number = np.unique(cells.labels, return_inverse=True)
     setup = Setup(tiny_model_dir, tiny_model_dir, 1)
 
-    class Fixed:
-        def __init__(self, places):
-            self.places = lambda adata, setup: places
+    def fixed(places):
+        return Representation("fixed", lambda adata, setup: places)
 
     noise = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
-    knowing = measure(cells, Fixed(noise + 30 * np.eye(len(kinds), 8)[number]), setup, num_repeats=2)
-    guessing = measure(cells, Fixed(noise), setup, num_repeats=2)
+    knowing = measure(cells, fixed(noise + 30 * np.eye(len(kinds), 8)[number]), setup, num_repeats=2)
+    guessing = measure(cells, fixed(noise), setup, num_repeats=2)
     for name in ("nmi", "ari", "silhouette", "calinski_harabasz"):
         assert knowing["scores"][name] > guessing["scores"][name]
     assert abs(guessing["scores"]["ari"]) < 0.2
     assert knowing["umap"].shape == (100, 2)
+
+
+def test_scvi_is_trained_once_for_its_expression_and_its_latent_space(
+    example_cells, tiny_model_dir, tmp_path, monkeypatch
+):
+    trained = []
+
+    class Model:
+        def __init__(self, cells):
+            self.adata = cells
+            self.places = components_of_expression(log1p_values(cells.X))
+
+        def get_latent_representation(self):
+            return self.places[:, :10]
+
+        def get_normalized_expression(self, **options):
+            return shares_of(self.adata.X)
+
+    def train(cells, setup, batch):
+        trained.append(batch)
+        time.sleep(0.5)
+        return Model(cells)
+
+    monkeypatch.setattr("scfoundation_hf.trainer_scripts.benchmarks.denoisers._train_scvi", train)
+    monkeypatch.setattr("scfoundation_hf.trainer_scripts.benchmarks.clustering.check_methods", lambda *_, **__: None)
+    folder = benchmark_clustering(
+        {name: CellFile(example_cells, label="cell_type") for name in ("one", "another")},
+        tiny_model_dir,
+        tmp_path / "out",
+        methods=["scvi", "counts", "scvi-latent"],
+        max_cells=60,
+        min_cells_per_label=3,
+        num_repeats=1,
+        progress=False,
+    )
+    assert trained == [None, None]  # once in each data set
+    for found in json.loads((folder / "results.json").read_text())["data"].values():
+        seconds = {title: scores["seconds"] for title, scores in found["methods"].items()}
+        assert min(seconds["scVI"], seconds["scVI latent space"]) >= 0.5
 
 
 def test_embeddings_are_those_of_embed_at_the_fold(example_cells, tiny_model_dir):
