@@ -56,6 +56,7 @@ from .manifest import (
     corpus_schema,
 )
 from .whole_files import write_json, write_whole
+from .worker_processes import end_with_parent
 
 ROWS_PER_SHARD = 32 * ROW_GROUP_ROWS
 CELLS_HELD_OUT, GROUPS_HELD_OUT = 0.02, 0.1  # chance of a cell, or of a donor, to be for validation
@@ -305,7 +306,8 @@ def _prepare_all(job: _Job, sources: Sequence[_Source], *, workers: int, skip_er
         yield from map(run, sources)
         return
     # Spawned, because forking a process that holds HDF5 and Arrow threads is asking for a deadlock.
-    with ProcessPoolExecutor(min(workers, len(sources)), mp_context=get_context("spawn")) as pool:
+    context, number = get_context("spawn"), min(workers, len(sources))
+    with ProcessPoolExecutor(number, mp_context=context, initializer=end_with_parent) as pool:
         futures = {pool.submit(run, source): source for source in sources}
         try:
             for future in as_completed(futures):

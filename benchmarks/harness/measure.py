@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from scfoundation_hf.corpus.worker_processes import end_with_parent
+
 MIB = 2**20
 Result = TypeVar("Result")
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -189,7 +191,7 @@ class FreshProcesses:
             with out_of_memory_as_error():
                 return function(*arguments)
         call = partial(_call_limited, torch.get_num_threads(), function)
-        with ProcessPoolExecutor(1, mp_context=self.context) as pool:
+        with ProcessPoolExecutor(1, mp_context=self.context, initializer=end_with_parent) as pool:
             return pool.submit(call, *arguments).result()
 
 

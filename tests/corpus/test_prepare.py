@@ -541,26 +541,42 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.slow
-def test_killed_worker(own_sources, tmp_path):
-    """As the kernel does when memory runs out."""
+def run_with_workers(inputs: list[Path], folder: Path) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """`prepare` with two workers, in the midst of its work."""
     script = f"""
 import scfoundation_hf.corpus.prepare as module
 if __name__ == "__main__":
-    inputs = {[str(path) for path in own_sources]!r}
-    module.prepare(inputs, {str(tmp_path / "corpus")!r}, gene_column="symbol", progress=False, workers=2)
+    inputs = {[str(path) for path in inputs]!r}
+    module.prepare(inputs, {str(folder / "corpus")!r}, gene_column="symbol", progress=False, workers=2)
 """
-    (tmp_path / "run.py").write_text(script)
-    run = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stderr=subprocess.PIPE, text=True)
-    worker, deadline = None, time.monotonic() + 60
-    while worker is None and time.monotonic() < deadline and run.poll() is None:
-        worker = next((child for child in psutil.Process(run.pid).children() if is_worker(child)), None)
-    assert worker is not None
-    time.sleep(1)  # not while it is being started
-    worker.kill()
+    (folder / "run.py").write_text(script)
+    run = subprocess.Popen([sys.executable, str(folder / "run.py")], stderr=subprocess.PIPE, text=True)
+    workers, deadline = [], time.monotonic() + 60
+    while not workers and time.monotonic() < deadline and run.poll() is None:
+        workers = [child for child in psutil.Process(run.pid).children() if is_worker(child)]
+    assert workers
+    time.sleep(1)  # not while they are being started
+    return run, workers
+
+
+@pytest.mark.slow
+def test_killed_worker(own_sources, tmp_path):
+    """As the kernel does when memory runs out."""
+    run, workers = run_with_workers(own_sources, tmp_path)
+    workers[0].kill()
     _, error = run.communicate(timeout=60)
     assert run.returncode == 1
     assert "A worker was killed, perhaps for memory. Run the same command again" in error
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_process(own_sources, tmp_path):
+    run, workers = run_with_workers(own_sources, tmp_path)
+    run.kill()
+    run.communicate(timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    prepare(own_sources, tmp_path / "corpus", **OPTIONS)  # no input is locked
 
 
 def test_two_processes_on_one_input(own_sources, tmp_path):

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scfoundation_hf.corpus.lookup import lookup
+from scfoundation_hf.corpus.worker_processes import end_with_parent
 from scfoundation_hf.inference.loading import load_encoder
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
 from scfoundation_hf.tokenization.read_depth import row_totals
@@ -290,7 +291,7 @@ def _in_new_process(function: Callable[..., Any], *arguments: Any, seed: int) ->
     """The result of a function that runs alone, so that the process's peak of memory is its own."""
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([measure.__module__])  # seconds of imports are paid once, not by every method
-    with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin_process) as pool:
         try:
             return pool.submit(function, *arguments, seed=seed).result()
         except BrokenProcessPool as error:
@@ -299,6 +300,11 @@ def _in_new_process(function: Callable[..., Any], *arguments: Any, seed: int) ->
             ) from error
         except Exception as error:
             raise MethodError(f"{type(error).__name__}: {error}") from error
+
+
+def _begin_process() -> None:
+    end_with_parent()
+    quieten()
 
 
 def _check(data: Mapping[str, CellFile], methods: Sequence[str], seeds: int, freezing: str | None) -> None:

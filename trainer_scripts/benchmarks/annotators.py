@@ -530,7 +530,7 @@ def model_annotators(
 
 
 def quieten() -> None:
-    """No progress bars and notes of libraries, in a process that runs one method."""
+    """No progress bars and notes of libraries."""
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
