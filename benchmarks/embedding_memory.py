@@ -22,6 +22,7 @@ import psutil
 import torch
 
 import scfoundation_hf
+from scfoundation_hf.corpus.worker_processes import end_with_parent
 
 CELLS = Path(__file__).parents[1] / "examples" / "data" / "zheng_facs_pbmc_cut.h5ad"
 THIN = {"num_hidden_layers": 1, "intermediate_size": 64, "decoder_num_hidden_layers": 1}
@@ -66,7 +67,8 @@ def main() -> None:
     for num_cells in arguments.cells:
         with tempfile.TemporaryDirectory() as folder:
             source = resample(num_cells, Path(folder) / "cells.h5ad")
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
                 peak, seconds = pool.submit(measure, source, arguments.preset, arguments.dtype).result()
             smallest = smallest or peak
             print(

@@ -23,6 +23,7 @@ import torch
 from embedding_memory import resample
 
 import scfoundation_hf
+from scfoundation_hf.corpus.worker_processes import end_with_parent
 from scfoundation_hf.inference.enhancement import enhance
 
 THIN = {
@@ -73,7 +74,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = resample(num_cells, Path(folder) / "cells.h5ad")
             output = Path(folder) / f"out{arguments.suffix}"
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
                 peak, seconds = pool.submit(measure, source, output, arguments.preset, arguments.min_value).result()
             smallest = smallest or peak
             print(
