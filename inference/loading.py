@@ -1,6 +1,7 @@
 """A folder, a Hub id or a loaded model -> the model and tokenizer that a job runs with."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _NO_CLASSIFIER = (
     "has no classification head to name cell types with: fine-tune one (`scfoundation finetune`), or pass reference=, "
     "labelled cells to compare with (`scfoundation index`)."
 )
+# Fields of a configuration that say where it came from, not what is computed.
+_ORIGIN = {"_name_or_path", "architectures", "auto_map", "transformers_version"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
 
 
@@ -49,8 +52,15 @@ class LoadedModel(Generic[ModelT]):
 
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights: the same for the same numbers, wherever they came from."""
-        configuration = self.model.config.to_json_string(use_diff=False)
-        return hashlib.sha256(f"{configuration}{self.weights_sha256()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._configuration()}{self.weights_sha256()}".encode()).hexdigest()
+
+    def configuration_sha256(self) -> str:
+        """SHA-256 of the configuration: the same for models of the same sizes and choices."""
+        return hashlib.sha256(self._configuration().encode()).hexdigest()
+
+    def _configuration(self) -> str:
+        fields = self.model.config.to_dict()
+        return json.dumps({name: fields[name] for name in sorted(fields) if name not in _ORIGIN}, sort_keys=True)
 
     def weights_sha256(self) -> str:
         """SHA-256 of names and values of all tensors, as they are on the device."""

@@ -17,6 +17,7 @@ from scfoundation_hf.inference.loading import DtypeName, ValuesDtype
 from scfoundation_hf.modeling_scfoundation.checkpoint_conversion import CheckpointKey
 from scfoundation_hf.modeling_scfoundation.pooling import PoolingMode
 from scfoundation_hf.tokenization.prepared_cells import CountValues, OnEmptyCell, OriginalMode, Values
+from scfoundation_hf.trainer_scripts.benchmarks.stored_parts import Remeasure
 from scfoundation_hf.trainer_scripts.finetuning_settings import (
     FinetuningDtype,
     FinetuningLoss,
@@ -688,6 +689,10 @@ def doctor(
 
 benchmark = typer.Typer(help="Measure models against each other and against simple baselines.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
+MeasureAnew = Annotated[
+    Remeasure,
+    typer.Option(help="What OUT has, to be measured again: nothing, what another model was measured for, everything."),
+]
 
 
 @benchmark.command("annotation")
@@ -725,7 +730,7 @@ def benchmark_annotation(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Of fine-tuning; default: its own.")] = None,
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure everything anew.")] = False,
+    remeasure: MeasureAnew = "nothing",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Measure how well models call cell types, beside simple baselines, other tools and random weights.
@@ -751,7 +756,7 @@ def benchmark_annotation(
     arguments |= {name: value for name, value in given.items() if value not in (None, [])}
     typer.echo(
         annotation.benchmark_annotation(
-            models=model, output=output, device=device, overwrite=overwrite, progress=progress, **arguments
+            models=model, output=output, device=device, remeasure=remeasure, progress=progress, **arguments
         )
     )
 
@@ -815,7 +820,6 @@ Recipe = Annotated[
 DataFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the paths in the recipe begin at.")]
 Methods = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Method to measure; repeatable. Default: all.")]
 MaxCells = Annotated[int | None, typer.Option(help="Cells of each data set, drawn evenly.")]
-MeasureAnew = Annotated[bool, typer.Option("--overwrite", help="Measure everything anew instead of what is missing.")]
 
 
 @benchmark.command("enhancement")
@@ -828,7 +832,7 @@ def benchmark_enhancement(
     rate: Annotated[list[float] | None, typer.Option(help="Share of the counts to keep; repeatable.")] = None,
     max_cells: MaxCells = None,
     device: Device = None,
-    overwrite: MeasureAnew = False,
+    remeasure: MeasureAnew = "nothing",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Bring down-sampled cells back to depth, beside MAGIC, scVI, kNN smoothing and the gene mean; resumable.
@@ -841,7 +845,7 @@ def benchmark_enhancement(
     settings = _read_recipe(recipe, enhancement.SETTINGS, data, chosen)
     typer.echo(
         enhancement.benchmark_enhancement(
-            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+            model=model, output=output, device=device, remeasure=remeasure, progress=progress, **settings
         )
     )
 
@@ -856,7 +860,7 @@ def benchmark_clustering(
     fold: Annotated[list[float] | None, typer.Option(help="T / S of the embeddings; repeatable.")] = None,
     max_cells: MaxCells = None,
     device: Device = None,
-    overwrite: MeasureAnew = False,
+    remeasure: MeasureAnew = "nothing",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Cluster embeddings at growing target depths, beside denoised expression, against cell types; resumable.
@@ -869,7 +873,7 @@ def benchmark_clustering(
     settings = _read_recipe(recipe, clustering.SETTINGS, data, chosen)
     typer.echo(
         clustering.benchmark_clustering(
-            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+            model=model, output=output, device=device, remeasure=remeasure, progress=progress, **settings
         )
     )
 
@@ -883,7 +887,7 @@ def benchmark_mapping(
     method: Methods = None,
     max_cells: MaxCells = None,
     device: Device = None,
-    overwrite: MeasureAnew = False,
+    remeasure: MeasureAnew = "nothing",
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Bring batches into one space with Harmony, BBKNN and scVI, and score it as scIB does; resumable.
@@ -895,7 +899,7 @@ def benchmark_mapping(
     settings = _read_recipe(recipe, mapping.SETTINGS, data, {"methods": method, "max_cells": max_cells})
     typer.echo(
         mapping.benchmark_mapping(
-            model=model, output=output, device=device, overwrite=overwrite, progress=progress, **settings
+            model=model, output=output, device=device, remeasure=remeasure, progress=progress, **settings
         )
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from scfoundation_hf.inference.loading import load_encoder, parse_device, parse_dtype
+from scfoundation_hf.hub import export
+from scfoundation_hf.inference.loading import load_encoder, load_with_decoder, parse_device, parse_dtype
 from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import (
     ScFoundationForPreTraining,
     ScFoundationModel,
@@ -33,6 +34,17 @@ def test_a_loaded_model_is_used_as_it_is(tiny_model_dir):
     assert load_encoder(model.scfoundation).model is model.scfoundation
     with pytest.raises(ValueError, match=r"is torch\.float32, not bfloat16; convert it"):
         load_encoder(model, dtype="bfloat16")
+
+
+def test_the_fingerprint_is_that_of_the_numbers_wherever_they_lie(tiny_model_dir, tmp_path):
+    first = load_with_decoder(tiny_model_dir)
+    elsewhere = export(tiny_model_dir, tmp_path / "elsewhere")  # with auto_map
+    second = load_with_decoder(elsewhere)
+    assert first.fingerprint() == second.fingerprint()
+    assert first.configuration_sha256() == second.configuration_sha256()
+    second.model.config.layer_norm_eps *= 2
+    assert first.configuration_sha256() != second.configuration_sha256()
+    assert first.fingerprint() != second.fingerprint()
 
 
 def test_the_fingerprint_follows_the_weights(tiny_model_dir):

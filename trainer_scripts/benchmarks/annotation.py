@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_all_start_methods, get_context
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -44,8 +44,8 @@ from .annotators import (
     quieten,
 )
 from .cell_sets import CellFile, CellSet, read_cells, read_recipe
-from .methods import check_packages, describe_model
-from .stored_parts import StoredParts
+from .methods import check_packages, describe_model, what_weights_are
+from .stored_parts import Remeasure, StoredParts
 
 ALL_METHODS = (*METHODS, *MODEL_METHODS)
 SETTINGS = ("methods", "seeds", "max_cells", "min_cells_per_type", "exclude_labels", "freezing", "max_steps")
@@ -70,7 +70,7 @@ def benchmark_annotation(
     freezing: Freezing | None = None,
     max_steps: int | None = None,
     device: str | None = None,
-    overwrite: bool = False,
+    remeasure: Remeasure = "nothing",
     progress: bool = True,
 ) -> Path:
     """Measure how well types of held-out cells are called.
@@ -91,7 +91,7 @@ def benchmark_annotation(
         exclude_labels: labels that are no types, such as "unlabelled"; their cells are left out.
         freezing, max_steps: of fine-tuning, as in `finetune`.
         device: of our models; `None`: a GPU if there is one.
-        overwrite: measure everything anew.
+        remeasure: of what `output` has: nothing, what was measured with another model, or everything.
         progress: show a progress bar.
     Returns: `output`.
     Raises: ValueError: for unknown methods, a data set without label, batches or types to tell apart, or results in
@@ -102,7 +102,7 @@ def benchmark_annotation(
     names = _names_of(models)
     about_models = {name: describe_model(load_encoder(source, device="cpu")) for name, source in names.items()}
     vocabulary = _common_vocabulary(names)
-    parts = StoredParts(Path(output), depends_on={}, overwrite=overwrite)
+    parts = StoredParts(Path(output), depends_on={}, remeasure=remeasure)
     choice: dict[str, Any] = {
         "max_cells": max_cells,
         "min_cells_per_type": min_cells_per_type,
@@ -113,6 +113,7 @@ def benchmark_annotation(
     with tempfile.TemporaryDirectory() as temporary:
         annotators: dict[str, Annotator] = {key: METHODS[key] for key in methods if key in METHODS}
         model_of: dict[str, str] = {}
+        weights_of: dict[str, dict[str, str]] = {}
         for name, source in names.items():
             chosen = [method for method in methods if method in MODEL_METHODS]
             ours = model_annotators(
@@ -126,6 +127,7 @@ def benchmark_annotation(
             )
             annotators |= ours
             model_of |= dict.fromkeys(ours, name)
+            weights_of |= {key: what_weights_are(each.weights, about_models[name]) for key, each in ours.items()}
         found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in sets}
         with tqdm(total=len(sets) * seeds * len(annotators), unit=" parts", disable=not progress) as bar:
             for name, cells in sets.items():
@@ -134,8 +136,7 @@ def benchmark_annotation(
                     for key, annotator in annotators.items():
                         bar.set_description(f"{name}, {key}")
                         depends_on: dict[str, Any] = {"cells": split.fingerprint, "split": split_id}
-                        if key in model_of:
-                            depends_on["model"] = about_models[model_of[key]]["fingerprint"]
+                        depends_on |= weights_of.get(key, {})
                         if isinstance(annotator, FineTuned):
                             depends_on |= {"freezing": freezing, "max_steps": max_steps}
                         try:
@@ -417,7 +418,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", action="append", required=True, dest="models")
     parser.add_argument("--device")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--remeasure", choices=get_args(Remeasure), default="nothing")
     arguments = vars(parser.parse_args())
     print(benchmark_annotation(**read_data_sets([arguments.pop("recipe")]), **arguments))
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from scfoundation_hf.trainer_scripts.finetune import REPORT_FILE, finetune
 from scfoundation_hf.trainer_scripts.finetuning_settings import Freezing
 from scfoundation_hf.trainer_scripts.throughput import peak_memory_bytes
 
-from .methods import save_random_weights
+from .methods import Weights, save_random_weights
 
 REGULARISATION = (0.001, 0.01, 0.1, 1.0, 10.0)  # scikit-learn's C, of which validation chooses
 NUM_NEIGHBORS = (5, 15, 30)
@@ -356,18 +356,18 @@ class PretrainedModel:
 
     Attributes:
         source: folder or Hub id of the pretrained model.
-        random_weights: draw new weights, by the seed.
+        weights: its own, or new ones drawn by the seed.
         device: `None`: a GPU if there is one.
     """
 
     source: str
-    random_weights: bool
+    weights: Weights
     device: str | None
 
     @contextlib.contextmanager
     def folder(self, seed: int) -> Iterator[str]:
         """Where the model with these weights can be loaded from."""
-        if not self.random_weights:
+        if self.weights == "trained":
             yield self.source
             return
         with tempfile.TemporaryDirectory() as temporary:
@@ -407,7 +407,7 @@ class EmbeddingStore:
             return stored["embeddings"], Cost(**json.loads(str(stored["cost"])))
 
     def _path(self, cells: Cells, seed: int) -> Path:
-        weights = f"random-{seed}" if self.model.random_weights else "pretrained"
+        weights = f"random-{seed}" if self.model.weights == "random" else "pretrained"
         return self.folder / f"{cells.fingerprint}-{self.name}-{weights}.npz"
 
 
@@ -430,6 +430,11 @@ class FrozenEmbeddings:
     classify: Callable[[np.ndarray, Cells], Calls]
     package: str | None = None
 
+    @property
+    def weights(self) -> Weights:
+        """Of the model behind the embeddings."""
+        return self.store.model.weights
+
     def fit_predict(self, cells: Cells, *, seed: int) -> Calls:
         """See `Annotator.fit_predict`."""
         embeddings, cost = self.store.read(cells, seed=seed)
@@ -450,6 +455,11 @@ class FineTuned:
     max_steps: int | None = None
     package: str | None = None
 
+    @property
+    def weights(self) -> Weights:
+        """That fine-tuning starts from."""
+        return self.model.weights
+
     def fit_predict(self, cells: Cells, *, seed: int) -> Calls:
         """See `Annotator.fit_predict`."""
         known, test = (cells.adata[cells.rows(*splits)].copy() for splits in (("train", "validation"), ("test",)))
@@ -465,7 +475,7 @@ class FineTuned:
                 rare_classes="keep",  # the benchmark has left out what is too rare, for all methods alike
                 freezing=self.freezing,
                 max_steps=self.max_steps,
-                random_weights=self.model.random_weights,
+                random_weights=self.weights == "random",
                 seed=seed,
                 device=self.model.device,
                 progress=False,
@@ -507,7 +517,7 @@ def model_annotators(
     freezing: Freezing | None = None,
     max_steps: int | None = None,
     device: str | None = None,
-) -> dict[str, Annotator]:
+) -> dict[str, FrozenEmbeddings | FineTuned]:
     """What is done with a model of ours, and with random weights of its sizes, by keys that name the model.
 
     Args:
@@ -515,12 +525,13 @@ def model_annotators(
         folder: for embeddings.
         freezing, max_steps: of fine-tuning.
     """
-    annotators: dict[str, Annotator] = {}
+    annotators: dict[str, FrozenEmbeddings | FineTuned] = {}
     for method in methods:
-        for random_weights in (False, True):
-            model = PretrainedModel(source, random_weights, device)
-            title = f"{name}{', random weights' * random_weights}: {MODEL_METHODS[method]}"
-            key = f"{name}-{'random-' * random_weights}{method}"
+        for weights in get_args(Weights):
+            model = PretrainedModel(source, weights, device)
+            is_random = weights == "random"
+            title = f"{name}{', random weights' * is_random}: {MODEL_METHODS[method]}"
+            key = f"{name}-{'random-' * is_random}{method}"
             if method == "finetuned":
                 annotators[key] = FineTuned(title, model, freezing, max_steps)
             else:

@@ -24,10 +24,10 @@ from scfoundation_hf.inference.loading import load_with_decoder
 from .cell_sets import CellFile, CellSet, read_cells
 from .denoisers import DENOISERS, fit_scvi, plain_values
 from .graph_clustering import components_of_expression, leiden, neighbor_graph, umap
-from .methods import Setup, check_methods, check_packages, describe_model, save_random_weights, what_changes
+from .methods import Setup, Weights, check_methods, check_packages, describe_model, save_random_weights, what_changes
 from .panels import draw_clustering, draw_maps
 from .reports import clustering_tables
-from .stored_parts import StoredParts
+from .stored_parts import Remeasure, StoredParts
 
 FOLDS = (1, 2, 3, 4, 5)
 SETTINGS = (
@@ -52,14 +52,14 @@ class Representation:
         title: its name in tables and figures; "{fold:g}" in it is T / S.
         places: the cells -> `(C, dimensions)`.
         package: what must be installed for it.
-        uses_model: whether it is ours, so that its results depend on the weights.
+        weights: which weights of our network it computes with, if it does.
         is_folded: whether it is measured at every fold.
     """
 
     title: str
     places: Callable[[AnnData, Setup], np.ndarray]
     package: str | None = None
-    uses_model: bool = False
+    weights: Weights | None = None
     is_folded: bool = False
 
 
@@ -99,11 +99,11 @@ REPRESENTATIONS: dict[str, Representation] = {
     "magic": Representation("MAGIC", expression_of("magic"), package="magic"),
     "scvi": Representation("scVI", expression_of("scvi"), package="scvi"),
     "scvi-latent": Representation("scVI latent space", _scvi_latent, package="scvi"),
-    "random-weights": Representation("random weights", _random_weights, uses_model=True),
+    "random-weights": Representation("random weights", _random_weights, weights="random"),
     "scfoundation-expression": Representation(
-        "scFoundation expression", expression_of("scfoundation"), uses_model=True
+        "scFoundation expression", expression_of("scfoundation"), weights="trained"
     ),
-    "scfoundation": Representation("scFoundation, T/S = {fold:g}", _ours, uses_model=True, is_folded=True),
+    "scfoundation": Representation("scFoundation, T/S = {fold:g}", _ours, weights="trained", is_folded=True),
 }
 
 
@@ -121,7 +121,7 @@ def benchmark_clustering(
     scvi_epochs: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    overwrite: bool = False,
+    remeasure: Remeasure = "nothing",
     progress: bool = True,
 ) -> Path:
     """Measure how well the clusters of several representations agree with cell types.
@@ -142,7 +142,7 @@ def benchmark_clustering(
         scvi_epochs: `None`: scVI's own number.
         seed: of methods that draw.
         device: `None`: a GPU if there is one.
-        overwrite: measure everything anew.
+        remeasure: of what `output` has: nothing, what was measured with another model, or everything.
         progress: show a progress bar.
     Returns: `output`.
     Raises: ValueError: for unknown methods, folds below 1, a data set without label, or parts of other settings;
@@ -159,7 +159,7 @@ def benchmark_clustering(
     loaded = load_with_decoder(str(model), device=device)
     about_the_model, vocabulary = describe_model(loaded), loaded.tokenizer.vocabulary
     del loaded
-    parts = StoredParts(Path(output), depends_on={"repeats": num_repeats}, overwrite=overwrite)
+    parts = StoredParts(Path(output), depends_on={"repeats": num_repeats}, remeasure=remeasure)
     runs = [(method, fold) for method in methods for fold in (folds if REPRESENTATIONS[method].is_folded else (None,))]
     results: dict[str, Any] = {
         "model": about_the_model,
@@ -198,9 +198,9 @@ def benchmark_clustering(
                     {"data": name, "method": method, "fold": "all" if fold is None else f"{fold:g}", "seed": seed},
                     partial(measure, cells, representation, setup, num_repeats=num_repeats),
                     depends_on=what_changes(
-                        cells, representation, model_fingerprint=about_the_model["fingerprint"], scvi_epochs=scvi_epochs
+                        cells, representation, about_the_model=about_the_model, scvi_epochs=scvi_epochs
                     )
-                    | ({"fold": setup.depth_fold} if representation.uses_model else {}),
+                    | ({"fold": setup.depth_fold} if representation.weights else {}),
                 )
                 title = representation.title.format(fold=fold)
                 found[title] = part["scores"] | {"fold": fold, "seconds": part["seconds"]}

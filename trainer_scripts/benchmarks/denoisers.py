@@ -24,7 +24,7 @@ from scfoundation_hf.evaluation.expected_expression import expected_log1p_cp10k
 from scfoundation_hf.inference.enhancement import enhance
 from scfoundation_hf.tokenization.read_depth import COUNTS_PER_CELL, log1p_cp10k, row_totals
 
-from .methods import Setup
+from .methods import Setup, Weights
 
 Reading = Literal["plain", "at target depth"]
 KNN_NEIGHBORS = 15
@@ -41,14 +41,14 @@ class Denoiser:
         scale: what `predict` answers in, "log1p_cp10k" or "shares".
         predict: counts of the shallow cells, with all genes of the data set -> `(C, G)` float32.
         package: what must be installed for it.
-        uses_model: whether it is ours, so that its results depend on the weights.
+        weights: which weights of our network it computes with, if it does.
     """
 
     title: str
     scale: Literal["log1p_cp10k", "shares"]
     predict: Callable[[AnnData, Setup], np.ndarray]
     package: str | None = None
-    uses_model: bool = False
+    weights: Weights | None = None
 
 
 def plain_values(denoiser: Denoiser, predicted: np.ndarray) -> np.ndarray:
@@ -225,6 +225,6 @@ DENOISERS: dict[str, Denoiser] = {
     "magic": Denoiser("MAGIC", "log1p_cp10k", _magic, package="magic"),
     "magic-on-shares": Denoiser("MAGIC on shares", "shares", _magic_on_shares, package="magic"),
     "scvi": Denoiser("scVI", "shares", _scvi, package="scvi"),
-    "random-weights": Denoiser("random weights", "log1p_cp10k", _ours_with_random_weights, uses_model=True),
-    "scfoundation": Denoiser("scFoundation", "log1p_cp10k", _ours, uses_model=True),
+    "random-weights": Denoiser("random weights", "log1p_cp10k", _ours_with_random_weights, weights="random"),
+    "scfoundation": Denoiser("scFoundation", "log1p_cp10k", _ours, weights="trained"),
 }

@@ -30,7 +30,7 @@ from .denoisers import DENOISERS, Denoiser, Reading, log1p_values, values_of
 from .methods import Setup, check_methods, describe_model, save_random_weights, what_changes
 from .panels import draw_enhancement
 from .reports import enhancement_tables
-from .stored_parts import StoredParts
+from .stored_parts import Remeasure, StoredParts
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 SETTINGS = ("methods", "rates", "max_cells", "seeds", "scvi_epochs")
@@ -50,7 +50,7 @@ def benchmark_enhancement(
     seeds: Sequence[int] = (0,),
     scvi_epochs: int | None = None,
     device: str | None = None,
-    overwrite: bool = False,
+    remeasure: Remeasure = "nothing",
     progress: bool = True,
 ) -> Path:
     """Measure how close methods bring down-sampled cells to the full ones.
@@ -69,7 +69,7 @@ def benchmark_enhancement(
         seeds: each draws the counts anew; measures are means over them.
         scvi_epochs: `None`: scVI's own number, 400 below 20,000 cells.
         device: `None`: a GPU if there is one.
-        overwrite: measure everything anew.
+        remeasure: of what `output` has: nothing, what was measured with another model, or everything.
         progress: show a progress bar.
     Returns: `output`.
     Raises: ValueError: for unknown methods, rates that are none, or parts in `output` of other settings; ImportError:
@@ -81,8 +81,7 @@ def benchmark_enhancement(
             raise ValueError(f"A rate is the share of counts to keep, above 0 and below 1; got {rate!r}.")
     loaded = load_with_decoder(str(model), device=device)
     about_the_model, vocabulary = describe_model(loaded), loaded.tokenizer.vocabulary
-    fingerprint = about_the_model["fingerprint"]
-    parts = StoredParts(Path(output), depends_on={}, overwrite=overwrite)
+    parts = StoredParts(Path(output), depends_on={}, remeasure=remeasure)
     results: dict[str, Any] = {
         "model": about_the_model,
         "settings": {"max_cells": max_cells, "seeds": list(seeds), "scvi_epochs": scvi_epochs},
@@ -102,7 +101,14 @@ def benchmark_enhancement(
             for rate in rates:
                 bar.set_description(f"{name}, {rate:.0%}")
                 found[str(rate)] = _measure_rate(
-                    parts, cells, rate, methods=methods, seeds=seeds, setup=setup, fingerprint=fingerprint, bar=bar
+                    parts,
+                    cells,
+                    rate,
+                    methods=methods,
+                    seeds=seeds,
+                    setup=setup,
+                    about_the_model=about_the_model,
+                    bar=bar,
                 )
             results["data"][name] = {
                 "num_cells": cells.adata.n_obs,
@@ -123,7 +129,7 @@ def _measure_rate(
     methods: Sequence[str],
     seeds: Sequence[int],
     setup: Setup,
-    fingerprint: str,
+    about_the_model: Mapping[str, Any],
     bar: "tqdm[Any]",
 ) -> dict[str, Any]:
     by_predictor: dict[str, list[dict[str, Any]]] = {}
@@ -134,7 +140,7 @@ def _measure_rate(
                 {"data": cells.name, "method": method, "rate": rate, "seed": seed},
                 partial(draw.measure, DENOISERS[method], replace(setup, depth_fold=1 / rate, seed=seed)),
                 depends_on=what_changes(
-                    cells, DENOISERS[method], model_fingerprint=fingerprint, scvi_epochs=setup.scvi_epochs
+                    cells, DENOISERS[method], about_the_model=about_the_model, scvi_epochs=setup.scvi_epochs
                 ),
             )
             about = {name: part[name] for name in ("seconds", "num_left_out")}

@@ -28,10 +28,10 @@ from .graph_clustering import (
     umap,
     variable_genes,
 )
-from .methods import Setup, check_methods, check_packages, describe_model, save_random_weights, what_changes
+from .methods import Setup, Weights, check_methods, check_packages, describe_model, save_random_weights, what_changes
 from .panels import draw_integration, draw_maps
 from .reports import mapping_tables
-from .stored_parts import StoredParts
+from .stored_parts import Remeasure, StoredParts
 
 SETTINGS = ("methods", "max_cells", "min_cells_per_label", "scvi_epochs", "seed")
 MIN_CELLS_PER_LABEL = 10
@@ -47,14 +47,14 @@ class Mapper:
         places: the cells -> `(C, dimensions)`.
         then: what `integrate` does with the places.
         package: what must be installed for it.
-        uses_model: whether it is ours, so that its results depend on the weights.
+        weights: which weights of our network it computes with, if it does.
     """
 
     title: str
     places: Callable[[AnnData, Setup], np.ndarray]
     then: IntegrationMethod | None = None
     package: str | None = None
-    uses_model: bool = False
+    weights: Weights | None = None
 
 
 def _raw(cells: AnnData, setup: Setup) -> np.ndarray:
@@ -83,13 +83,13 @@ MAPPERS: dict[str, Mapper] = {
     "pca-harmony": Mapper("PCA + Harmony", _pca, "harmony", package="harmonypy"),
     "pca-bbknn": Mapper("PCA + BBKNN", _pca, "bbknn", package="bbknn"),
     "scvi": Mapper("scVI", _scvi, package="scvi"),
-    "random-weights": Mapper("random weights", _random_weights, uses_model=True),
+    "random-weights": Mapper("random weights", _random_weights, weights="random"),
     "random-weights-harmony": Mapper(
-        "random weights + Harmony", _random_weights, "harmony", package="harmonypy", uses_model=True
+        "random weights + Harmony", _random_weights, "harmony", package="harmonypy", weights="random"
     ),
-    "scfoundation": Mapper("scFoundation", _ours, uses_model=True),
-    "scfoundation-harmony": Mapper("scFoundation + Harmony", _ours, "harmony", package="harmonypy", uses_model=True),
-    "scfoundation-bbknn": Mapper("scFoundation + BBKNN", _ours, "bbknn", package="bbknn", uses_model=True),
+    "scfoundation": Mapper("scFoundation", _ours, weights="trained"),
+    "scfoundation-harmony": Mapper("scFoundation + Harmony", _ours, "harmony", package="harmonypy", weights="trained"),
+    "scfoundation-bbknn": Mapper("scFoundation + BBKNN", _ours, "bbknn", package="bbknn", weights="trained"),
 }
 
 
@@ -104,7 +104,7 @@ def benchmark_mapping(
     scvi_epochs: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    overwrite: bool = False,
+    remeasure: Remeasure = "nothing",
     progress: bool = True,
 ) -> Path:
     """Score how well methods keep cell types apart and bring batches together.
@@ -124,7 +124,7 @@ def benchmark_mapping(
         scvi_epochs: `None`: scVI's own number.
         seed: of methods that draw.
         device: `None`: a GPU if there is one.
-        overwrite: measure everything anew.
+        remeasure: of what `output` has: nothing, what was measured with another model, or everything.
         progress: show a progress bar.
     Returns: `output`.
     Raises: ValueError: for unknown methods, a data set without label or batch, or parts of other settings; ImportError:
@@ -139,7 +139,7 @@ def benchmark_mapping(
     loaded = load_with_decoder(str(model), device=device)
     about_the_model, vocabulary = describe_model(loaded), loaded.tokenizer.vocabulary
     del loaded
-    parts = StoredParts(Path(output), depends_on={}, overwrite=overwrite)
+    parts = StoredParts(Path(output), depends_on={}, remeasure=remeasure)
     results: dict[str, Any] = {
         "model": about_the_model,
         "settings": {
@@ -173,9 +173,7 @@ def benchmark_mapping(
                 part = parts.get(
                     {"data": name, "method": method, "seed": seed},
                     partial(measure, cells, mapper, setup, spaces=spaces),
-                    depends_on=what_changes(
-                        cells, mapper, model_fingerprint=about_the_model["fingerprint"], scvi_epochs=scvi_epochs
-                    ),
+                    depends_on=what_changes(cells, mapper, about_the_model=about_the_model, scvi_epochs=scvi_epochs),
                 )
                 found[mapper.title] = part["scores"] | {"seconds": part["seconds"]}
                 places = np.array(part["umap"])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -21,6 +21,9 @@ DISTRIBUTIONS = {
     "scib_metrics": "scib-metrics",
     "sklearn": "scikit-learn",
 }  # by module, where they have another name
+
+
+Weights = Literal["trained", "random"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Method(Protocol):
         """What must be installed for it."""
 
     @property
-    def uses_model(self) -> bool:
-        """Whether it is ours, so that its results depend on the weights."""
+    def weights(self) -> Weights | None:
+        """Which weights of our network it computes with, if it does."""
 
 
 def check_packages(needs: Mapping[str, str | None], *, extra: str) -> None:
@@ -90,22 +93,41 @@ def check_methods(methods: Sequence[str], known: Mapping[str, Method], *, extra:
 
 
 def describe_model(loaded: LoadedModel[Any]) -> dict[str, Any]:
-    """Name, number of parameters and fingerprint."""
+    """Name, number of parameters, and the fingerprints of the whole and of the configuration."""
     return {
         "name": Path(loaded.name).name,
         "num_parameters": loaded.model.num_parameters(),
         "fingerprint": loaded.fingerprint(),
+        "configuration": loaded.configuration_sha256(),
     }
 
 
-def what_changes(cells: CellSet, method: Method, *, model_fingerprint: str, scvi_epochs: int | None) -> dict[str, Any]:
-    """What a method's results depend on beside its own choices."""
-    depends_on: dict[str, Any] = {"cells": cells.fingerprint}
-    if method.uses_model:
-        depends_on["model"] = model_fingerprint
+def what_changes(
+    cells: CellSet, method: Method, *, about_the_model: Mapping[str, Any], scvi_epochs: int | None
+) -> dict[str, Any]:
+    """What a method's results depend on beside its own choices.
+
+    Args:
+        about_the_model: of `describe_model`.
+    """
+    depends_on: dict[str, Any] = {"cells": cells.fingerprint, **what_weights_are(method.weights, about_the_model)}
     if method.package == "scvi":
         depends_on["scvi_epochs"] = scvi_epochs
     return depends_on
+
+
+def what_weights_are(weights: Weights | None, about_the_model: Mapping[str, Any]) -> dict[str, str]:
+    """What results that were computed with these weights depend on.
+
+    Random ones hang on the sizes alone, so that the control outlives a change of model.
+    """
+    match weights:
+        case "trained":
+            return {"model": about_the_model["fingerprint"]}
+        case "random":
+            return {"configuration": about_the_model["configuration"]}
+        case None:
+            return {}
 
 
 def save_random_weights(model: Path, folder: Path, *, seed: int) -> Path:

@@ -59,7 +59,7 @@ def in_this_process(monkeypatch):
     )
 
 
-def test_measures_goes_on_and_reports(in_this_process, data, tiny_model_dir, tmp_path, monkeypatch):
+def test_measures_goes_on_and_reports(in_this_process, data, tiny_model_dir, trained_further, tmp_path, monkeypatch):
     arguments = {"methods": METHODS, "min_cells_per_type": 5, **QUIET}
     output = benchmark_annotation(data, [tiny_model_dir], tmp_path / "out", seeds=2, **arguments)
     results = json.loads((output / "results.json").read_text())
@@ -93,16 +93,23 @@ def test_measures_goes_on_and_reports(in_this_process, data, tiny_model_dir, tmp
         assert drawn.size[0] > 500
 
     measured = []
+    original = annotation._measure
 
     def watch(annotator, cells, seed):
         measured.append((annotator.title, seed))
-        return measure(annotator, cells, seed=seed)
+        return original(annotator, cells, seed)
 
     monkeypatch.setattr(annotation, "_measure", watch)
     (output / "parts" / "sorted--majority--1.json").unlink()
     again = benchmark_annotation(data, [tiny_model_dir], output, seeds=2, **arguments)
     assert measured == [("majority class", 1)]
     assert json.loads((again / "results.json").read_text())["data"]["sorted"]["types"] == found["types"]
+
+    measured.clear()
+    benchmark_annotation(data, [trained_further], output, seeds=2, remeasure="model", **arguments)
+    assert measured == [
+        (f"{tiny_model_dir.name}: frozen + kNN", seed) for seed in (0, 1)
+    ]  # and no control, nor other tools
 
     with pytest.raises(ValueError, match="measured with another cells"):
         benchmark_annotation(data, [tiny_model_dir], output, seeds=2, **arguments | {"exclude_labels": ["other"]})
@@ -119,7 +126,7 @@ class Killed:
 
 def test_what_fails_is_told_at_the_end_and_the_rest_is_kept(data, tmp_path, monkeypatch):
     """In processes of their own, as always outside of these tests."""
-    store = EmbeddingStore(PretrainedModel("nowhere", random_weights=False, device="cpu"), "nowhere", tmp_path)
+    store = EmbeddingStore(PretrainedModel("nowhere", weights="trained", device="cpu"), "nowhere", tmp_path)
     failing = FrozenEmbeddings("failing", store, vote_by_embeddings)
     methods = {"killed": Killed(), "failing": failing, "majority": annotation.METHODS["majority"]}
     monkeypatch.setattr(annotation, "METHODS", methods)

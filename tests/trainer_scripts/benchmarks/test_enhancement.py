@@ -1,6 +1,7 @@
 """The enhancement benchmark measures every method on the same draws, resumes, and refuses what it cannot measure."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from scipy.sparse import csr_matrix
 from typer.testing import CliRunner
 
 from scfoundation_hf.cli import app
+from scfoundation_hf.configuration.configuration_scfoundation import ScFoundationConfig
 from scfoundation_hf.evaluation.metrics.expression_recovery.expression_recovery import expression_recovery
 from scfoundation_hf.inference.enhancement import enhance
+from scfoundation_hf.modeling_scfoundation.modeling_scfoundation import ScFoundationForPreTraining
 from scfoundation_hf.tokenization.gene_vocabulary import GeneVocabulary
+from scfoundation_hf.tokenization.tokenization_scfoundation import ScFoundationTokenizer
 from scfoundation_hf.trainer_scripts.benchmarks import clustering, enhancement, mapping, methods
 from scfoundation_hf.trainer_scripts.benchmarks.cell_sets import (
     CellFile,
@@ -129,19 +133,79 @@ def test_a_run_goes_on_with_what_is_missing(measured, file, tiny_model_dir, monk
 
 def test_parts_of_other_settings_are_refused(measured, file, tiny_model_dir, tmp_path):
     options = {"methods": QUICK[:2], "rates": (0.2,), "progress": False}
-    with pytest.raises(ValueError, match=r"was measured with another cells\. Choose another folder, or .*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"was measured with another cells\. Choose another folder, or .*--remeasure e"
+    ):
         benchmark_enhancement({"pbmc": file}, tiny_model_dir, measured, max_cells=25, **options)
     own = tmp_path / "own"
     for max_cells in (20, 25):
-        benchmark_enhancement({"pbmc": file}, tiny_model_dir, own, max_cells=max_cells, overwrite=True, **options)
+        benchmark_enhancement(
+            {"pbmc": file}, tiny_model_dir, own, max_cells=max_cells, remeasure="everything", **options
+        )
     assert results_of(own)["data"]["pbmc"]["num_cells"] == 25
     assert results_of(own)["data"]["pbmc"]["rates"]["0.2"]["comparisons"] == {}  # our model was not asked for
+
+
+def test_another_model_is_measured_anew_and_the_rest_kept(
+    measured, file, tiny_model_dir, trained_further, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(measured, tmp_path / "enhancement")
+    options = {"methods": QUICK, "rates": (0.05, 0.2), "max_cells": 20, "progress": False}
+    with pytest.raises(
+        ValueError, match=r"--scfoundation--0\.05--0\.json was measured with another model\..*--remeasure m"
+    ):
+        benchmark_enhancement({"pbmc": file}, trained_further, folder, **options)
+    asked = []
+    original = Draw.measure
+    monkeypatch.setattr(Draw, "measure", lambda *args: asked.append(args[1].title) or original(*args))
+    benchmark_enhancement({"pbmc": file}, trained_further, folder, remeasure="model", **options)
+    assert asked == ["scFoundation"] * 2  # random weights of the same sizes are the same control
+    before, after = results_of(measured), results_of(folder)
+    assert after["model"]["fingerprint"] != before["model"]["fingerprint"]
+    for rate, found in before["data"]["pbmc"]["rates"].items():
+        now = after["data"]["pbmc"]["rates"][rate]["predictors"]
+        changed = [title for title in found["predictors"] if now[title] != found["predictors"][title]]
+        assert changed == ["scFoundation"]
+
+    benchmark_enhancement({"pbmc": file}, trained_further, folder, remeasure="model", **options)
+    assert len(asked) == 2
+
+
+def test_a_model_of_other_sizes_takes_its_control_along(measured, file, tiny_config, tmp_path, monkeypatch):
+    folder = shutil.copytree(measured, tmp_path / "enhancement")
+    larger = tmp_path / "larger"
+    sizes = tiny_config.to_dict() | {"intermediate_size": 2 * tiny_config.intermediate_size}
+    ScFoundationForPreTraining(ScFoundationConfig(**sizes)).save_pretrained(larger)
+    ScFoundationTokenizer().save_pretrained(larger)
+    asked = []
+    original = Draw.measure
+    monkeypatch.setattr(Draw, "measure", lambda *args: asked.append(args[1].title) or original(*args))
+    benchmark_enhancement(
+        {"pbmc": file}, larger, folder, methods=QUICK, rates=(0.2,), max_cells=20, remeasure="model", progress=False
+    )
+    assert asked == ["random weights", "scFoundation"]
+
+
+def test_results_of_several_days_say_so(tmp_path):
+    def measure(*names: str) -> str:
+        parts = StoredParts(tmp_path / "out", depends_on={})
+        for name in names:
+            parts.get({"data": name}, lambda: {"seconds": 1}, depends_on={})
+        parts.write_results({}, "tables\n")
+        return (tmp_path / "out" / "tables.md").read_text()
+
+    assert measure("first") == "tables\n"
+    path = tmp_path / "out" / "parts" / "first.json"
+    part = json.loads(path.read_text())
+    path.write_text(json.dumps(part | {"measured": "2026-01-31"}))
+    assert f"Measured on 2026-01-31, {part['measured']}; seconds" in measure("first", "second")
+    assert results_of(tmp_path / "out")["measured"] == ["2026-01-31", part["measured"]]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.md").write_text("my work")
     with pytest.raises(FileExistsError, match="was not made by a benchmark"):
-        StoredParts(tmp_path, depends_on={}, overwrite=True)
+        StoredParts(tmp_path, depends_on={}, remeasure="everything")
     assert (tmp_path / "thesis.md").read_text() == "my work"
 
 
