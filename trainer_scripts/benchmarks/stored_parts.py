@@ -17,6 +17,7 @@ from scfoundation_hf.inference.writer import check_parent
 PARTS = "parts"
 Remeasure = Literal["nothing", "model", "everything"]
 OF_THE_MODEL = {"model", "configuration"}  # what parts depend on, by `what_weights_are`
+PART_FIELDS = {"depends_on", "result", "measured"}
 
 
 class StoredParts:
@@ -49,12 +50,18 @@ class StoredParts:
         Args:
             key: names the part, such as data set, method, rate and seed.
             depends_on: what this part depends on beyond key and folder, JSON-able.
-        Raises: ValueError: if the folder holds a part of this key that was measured with other settings.
+        Raises: ValueError: if the folder holds a part of this key that was measured with other settings, or that
+            another version of this package wrote.
         """
         path = self.folder / PARTS / ("--".join(str(value).replace("/", "_") for value in key.values()) + ".json")
         identity = json.loads(json.dumps({**self.depends_on, **depends_on}))
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
+            if missing := PART_FIELDS - stored.keys():
+                raise ValueError(
+                    f"{path} has no {' and no '.join(sorted(missing))}: another version of this package wrote it. "
+                    "Choose another folder, or pass remeasure='everything' (--remeasure everything)."
+                )
             differing = [name for name in identity if stored["depends_on"].get(name) != identity[name]]
             if not differing:
                 self._days.add(stored["measured"])

@@ -186,6 +186,19 @@ def test_a_model_of_other_sizes_takes_its_control_along(measured, file, tiny_con
     assert asked == ["random weights", "scFoundation"]
 
 
+def test_a_part_of_before_the_days_is_refused(tmp_path):
+    def measure() -> None:
+        StoredParts(tmp_path / "out", depends_on={}).get({"data": "pbmc"}, lambda: {"seconds": 1}, depends_on={})
+
+    measure()
+    path = tmp_path / "out" / "parts" / "pbmc.json"
+    part = json.loads(path.read_text())
+    del part["measured"]
+    path.write_text(json.dumps(part))
+    with pytest.raises(ValueError, match=r"pbmc\.json has no measured: another version .*--remeasure everything"):
+        measure()
+
+
 def test_results_of_several_days_say_so(tmp_path):
     def measure(*names: str) -> str:
         parts = StoredParts(tmp_path / "out", depends_on={})
