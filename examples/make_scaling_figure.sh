@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the tables and the figure of docs/scaling.md: two more sizes beside the reference model, on the same cells.
+# Makes the tables and the figure of docs/scaling.md: three sizes on the same cells, and the reference model.
 #
 #     examples/make_scaling_figure.sh WORK [OPTION ...]
 #
@@ -8,10 +8,10 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$1"
-for size in 1m 10m; do
+for size in 1m 3m 10m; do
     scfoundation pretrain "$here/pretrain-scale-$size.yaml" --corpus corpus --output-dir "scale-$size" "${@:2}"
 done
 runs=()
-for name in scale-1m reference-model scale-10m; do runs+=(--model "$name" --run "$name"); done
+for name in scale-1m scale-3m reference-model scale-10m; do runs+=(--model "$name" --run "$name"); done
 scfoundation benchmark pretraining corpus scaling "${runs[@]}" --recipe released --overwrite
 cp scaling/results.json scaling/tables.md scaling/scaling.svg "$here/../docs/benchmarks/pretraining/"
