@@ -37,7 +37,6 @@ def train(corpus: Path, run: Path, options: argparse.Namespace, *, processes: in
         "bf16": str(options.dtype == "bfloat16").lower(),
         "use-cpu": "true",
         "eval-strategy": "no",
-        "max-eval-cells": 1,
         "save-strategy": "no",
         "report-to": "none",
     }
